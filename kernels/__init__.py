@@ -1,0 +1,1 @@
+"""Triton kernels, tensors in and tensors out; installed as `lavish_fast.kernels`."""

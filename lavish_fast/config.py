@@ -1,0 +1,344 @@
+"""Frozen dataclasses and the paper's presets: the only home of sizes.
+
+Source of the numbers: LAVISH (CVPR 2023), supplementary material, and the released AVE options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+MODALITIES = ("audio+video", "video", "audio")
+
+# The AVE data set's classes in order of first appearance in Annotations.txt; the last one is background.
+AVE_CLASSES = (
+    "Church bell",
+    "Male speech, man speaking",
+    "Bark",
+    "Fixed-wing aircraft, airplane",
+    "Race car, auto racing",
+    "Female speech, woman speaking",
+    "Helicopter",
+    "Violin, fiddle",
+    "Flute",
+    "Ukulele",
+    "Frying (food)",
+    "Truck",
+    "Shofar",
+    "Motorcycle",
+    "Acoustic guitar",
+    "Train horn",
+    "Clock",
+    "Banjo",
+    "Goat",
+    "Baby cry, infant cry",
+    "Bus",
+    "Chainsaw",
+    "Cat",
+    "Horse",
+    "Toilet flush",
+    "Rodents, rats, mice",
+    "Accordion",
+    "Mandolin",
+    "background",
+)
+
+
+@dataclass(frozen=True)
+class SwinV2Config:
+    """Swin-V2, by the argument names and defaults of timm's `SwinTransformerV2`.
+
+    One default differs: `drop_path_rate` is 0 unless asked for (timm: 0.1), because the backbone is frozen.
+    """
+
+    kind: ClassVar[str] = "swinv2"
+    img_size: int = 224
+    patch_size: int = 4
+    in_chans: int = 3
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7
+    mlp_ratio: float = 4.0
+    pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)
+    drop_path_rate: float = 0.0
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        """The number of channels of each block's stream, first block first."""
+        return tuple(self.embed_dim * 2**i for i, depth in enumerate(self.depths) for _ in range(depth))
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """ViT with a cls token, by the argument names and defaults of timm's `VisionTransformer`."""
+
+    kind: ClassVar[str] = "vit"
+    img_size: int = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    drop_path_rate: float = 0.0
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        """The number of channels of each block's stream, first block first."""
+        return (self.embed_dim,) * self.depth
+
+
+BACKBONES = {c.kind: c for c in (SwinV2Config, ViTConfig)}
+# timm arguments that change nothing here: the ImageNet head is never used, qkv_bias is True in every such model.
+_IGNORED_ARGUMENTS = {"num_classes", "global_pool"}
+_MUST_BE = {"qkv_bias": True, "class_token": True, "strict_img_size": True, "always_partition": False}
+_MUST_BE |= {k: 0.0 for k in ("drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate", "attn_drop_rate")}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """One LAVISH adapter (paper, section 3.2), with the released code's options.
+
+    latents: latent tokens m. reduction: the bottleneck is C / reduction wide. groups: of the 1x1 convolutions.
+    audio_gate: whether the audio stream's adapters have the outer gate; the video stream's always do
+    (the released option `is_gate`). cross_modal: False leaves out the latent tokens' path. p1, p2: whether
+    there are adapters beside the attention, beside the MLP. first_block: ViT only; blocks before it are
+    skipped altogether, frozen block and adapters alike (the released option `start_tune_layers`).
+    """
+
+    latents: int = 2
+    reduction: int = 8
+    groups: int = 2
+    batch_norm: bool = True
+    ln_before: bool = True
+    ln_after: bool = True
+    audio_gate: bool = True
+    cross_modal: bool = True
+    p1: bool = True
+    p2: bool = True
+    first_block: int = 0
+
+
+@dataclass(frozen=True)
+class SpectrogramConfig:
+    """Kaldi log-mel filter banks of one-second windows (AVE: protocol of the released data loader).
+
+    A window of `window_seconds` at `sample_rate` gives about 188 frames of `mel_bins`, normalised as
+    (x - mean) / (2 std), then zero-padded to `frames` rows. Input to the model: (T, frames, mel_bins).
+    """
+
+    sample_rate: int = 16000
+    window_seconds: float = 1.0
+    mel_bins: int = 192
+    frame_shift_ms: float = 5.2
+    frames: int = 192
+    mean: float = -4.984795570373535
+    std: float = 3.7079780101776123
+
+
+VIT_SPECTROGRAM = SpectrogramConfig(mel_bins=128, frame_shift_ms=10.0, frames=102, mean=-4.1426, std=3.2001)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that fixes a model's shapes and its inputs.
+
+    task: "ave". modality: "audio+video", or "video" / "audio" for the paper's Table 1 variants.
+    classes: the class names, background last. frames: T, frames and one-second windows a clip.
+    backbone_weights: where the frozen weights come from: a timm model name, a path, or None for random.
+    """
+
+    backbone: SwinV2Config | ViTConfig
+    task: str = "ave"
+    adapter: AdapterConfig = AdapterConfig()
+    spectrogram: SpectrogramConfig = SpectrogramConfig()
+    modality: str = "audio+video"
+    classes: tuple[str, ...] = field(default=AVE_CLASSES, repr=False)
+    frames: int = 10
+    backbone_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.task != "ave":
+            raise ValueError(f"task: expected 'ave', got {self.task!r}")
+        if self.modality not in MODALITIES:
+            raise ValueError(f"modality: expected one of {', '.join(MODALITIES)}, got {self.modality!r}")
+        if len(self.classes) < 2:
+            raise ValueError(f"classes: expected at least one class and background, got {self.classes!r}")
+        if self.frames < 1:
+            raise ValueError(f"frames: expected at least 1, got {self.frames}")
+        a = self.adapter
+        for name in ("latents", "reduction", "groups"):
+            if getattr(a, name) < 1:
+                raise ValueError(f"adapter.{name}: expected at least 1, got {getattr(a, name)}")
+        for width in sorted(set(self.backbone.block_widths)):
+            if width % (a.reduction * a.groups):
+                raise ValueError(
+                    f"adapter: expected reduction * groups to divide every width, "
+                    f"got {a.reduction} * {a.groups} and a width of {width}"
+                )
+        if a.first_block and self.backbone.kind != "vit":
+            raise ValueError(f"adapter.first_block: expected 0 for {self.backbone.kind}, got {a.first_block}")
+        if not 0 <= a.first_block < len(self.backbone.block_widths):
+            raise ValueError(
+                f"adapter.first_block: expected less than {len(self.backbone.block_widths)} blocks, got {a.first_block}"
+            )
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams that run, ("audio", "video") or one of them."""
+        return ("audio", "video") if self.modality == "audio+video" else (self.modality,)
+
+    @property
+    def width(self) -> int:
+        """C, the number of channels of the last block's stream."""
+        return self.backbone.block_widths[-1]
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """The names that `from_preset` knows."""
+        return tuple(_PRESETS)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> Config:
+        """A named configuration, e.g. "ave-swinv2-large" (the paper's AVE table), with fields changed at will.
+
+        Raises: ValueError for an unknown name.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
+        return dataclasses.replace(_PRESETS[name], **changes)
+
+    @classmethod
+    def from_official(cls, opt: Any, *, task: str, backbone: Mapping[str, Any], **changes: Any) -> Config:
+        """The configuration of a released network.
+
+        Args:
+            opt: the released code's options, a mapping or a namespace (`num_tokens`, `Adapter_downsample`, ...).
+            task: "ave".
+            backbone: `kind` ("swinv2" or "vit") and that timm class's constructor arguments.
+            changes: fields of Config to set besides.
+
+        Raises: ValueError naming the option or argument that is missing or cannot be honoured.
+        """
+        opt = dict(opt) if isinstance(opt, Mapping) else dict(vars(opt))
+        options = {**_OFFICIAL_DEFAULTS, **opt}
+        for name in ("num_tokens", "Adapter_downsample", "num_conv_group"):
+            if name not in options:
+                raise ValueError(f"opt.{name}: expected the released option, got none")
+        adapter = AdapterConfig(
+            latents=int(options["num_tokens"]),
+            reduction=int(options["Adapter_downsample"]),
+            groups=int(options["num_conv_group"]),
+            batch_norm=bool(options["is_bn"]),
+            ln_before=bool(options["is_before_layernorm"]),
+            ln_after=bool(options["is_post_layernorm"]),
+            audio_gate=bool(options["is_gate"]),
+            cross_modal=bool(options["is_multimodal"]),
+            p1=bool(options["is_audio_adapter_p1"]),
+            p2=bool(options["is_audio_adapter_p2"]),
+            first_block=int(options["start_tune_layers"]) if backbone.get("kind") == "vit" else 0,
+        )
+        parsed = _backbone_from_mapping(backbone)
+        spectrogram = VIT_SPECTROGRAM if parsed.kind == "vit" else SpectrogramConfig()
+        values = {"task": task, "backbone": parsed, "adapter": adapter, "spectrogram": spectrogram} | changes
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for config.json; `from_dict` reads it back."""
+        values = dataclasses.asdict(self)
+        values["backbone"] = {"kind": self.backbone.kind} | values["backbone"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """The inverse of `to_dict`. Raises: ValueError naming an unknown or missing field."""
+        values = dict(values)
+        for name, section in (("adapter", AdapterConfig), ("spectrogram", SpectrogramConfig)):
+            if name in values:
+                values[name] = _build(section, values[name], name)
+        if "backbone" in values:
+            values["backbone"] = _backbone_from_mapping(values["backbone"])
+        if "classes" in values:
+            values["classes"] = tuple(values["classes"])
+        return _build(cls, values, "config")
+
+
+# The released AVE options that its README leaves at their defaults.
+_OFFICIAL_DEFAULTS = {
+    "is_bn": 1,
+    "is_before_layernorm": 1,
+    "is_post_layernorm": 1,
+    "is_gate": 1,
+    "is_multimodal": 1,
+    "is_audio_adapter_p1": 1,
+    "is_audio_adapter_p2": 1,
+    "start_tune_layers": 0,
+}
+
+
+def _build(section: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected a mapping, got {type(values).__name__}")
+    known = {f.name for f in dataclasses.fields(section)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{where}: expected fields among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return section(**values)
+
+
+def _backbone_from_mapping(values: Mapping[str, Any]) -> SwinV2Config | ViTConfig:
+    values = dict(values)
+    kind = values.pop("kind", None)
+    if kind not in BACKBONES:
+        raise ValueError(f"backbone.kind: expected one of {', '.join(BACKBONES)}, got {kind!r}")
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in _IGNORED_ARGUMENTS:
+            continue
+        if name in _MUST_BE:
+            if value != _MUST_BE[name]:
+                raise ValueError(f"backbone.{name}: expected {_MUST_BE[name]}, got {value!r}")
+            continue
+        if isinstance(value, list):
+            value = tuple(value)
+        if name in ("img_size", "patch_size", "window_size") and isinstance(value, tuple):
+            if len(set(value)) != 1:
+                raise ValueError(f"backbone.{name}: expected a square, got {value}")
+            value = value[0]
+        kept[name] = value
+    if "depths" in kept and kind == "swinv2":
+        kept.setdefault("pretrained_window_sizes", (0,) * len(kept["depths"]))
+    return _build(BACKBONES[kind], kept, "backbone")
+
+
+def _swin(embed_dim: int, depths: tuple[int, ...], heads: int, weights: str, pretrained_window: int = 0) -> Config:
+    # The tiny and small weights were trained with window 8 at 256 pixels: the continuous position bias carries
+    # over to window 12 when it is told the window it was trained with.
+    backbone = SwinV2Config(
+        img_size=192,
+        window_size=12,
+        embed_dim=embed_dim,
+        depths=depths,
+        num_heads=tuple(heads * 2**i for i in range(4)),
+        pretrained_window_sizes=(pretrained_window,) * 4,
+    )
+    return Config(backbone=backbone, backbone_weights=weights)
+
+
+def _vit(embed_dim: int, depth: int, heads: int, weights: str) -> Config:
+    backbone = ViTConfig(embed_dim=embed_dim, depth=depth, num_heads=heads)
+    return Config(backbone=backbone, spectrogram=VIT_SPECTROGRAM, backbone_weights=weights)
+
+
+_PRESETS = {
+    "ave-swinv2-large": _swin(192, (2, 2, 18, 2), 6, "swinv2_large_window12_192.ms_in22k"),
+    "ave-swinv2-base": _swin(128, (2, 2, 18, 2), 4, "swinv2_base_window12_192.ms_in22k"),
+    "ave-swinv2-small": _swin(96, (2, 2, 18, 2), 3, "swinv2_small_window8_256.ms_in1k", 8),
+    "ave-swinv2-tiny": _swin(96, (2, 2, 6, 2), 3, "swinv2_tiny_window8_256.ms_in1k", 8),
+    "ave-vit-large": _vit(1024, 24, 16, "vit_large_patch16_224.augreg_in21k"),
+    "ave-vit-base": _vit(768, 12, 12, "vit_base_patch16_224.augreg_in21k"),
+    "ave-vit-small": _vit(384, 12, 6, "vit_small_patch16_224.augreg_in21k"),
+    "ave-vit-tiny": _vit(192, 12, 3, "vit_tiny_patch16_224.augreg_in21k"),
+}

@@ -1,0 +1,34 @@
+from setuptools import setup
+
+setup(
+    name="lavish_fast",
+    version="0.1.0",
+    description="Fast, tested LAVISH: one frozen vision transformer that reads video and sound through latent-token adapters",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10,<3.14",
+    packages=["lavish_fast", "lavish_fast.backbones", "lavish_fast.tasks", "lavish_fast.kernels"],
+    package_dir={"lavish_fast.kernels": "kernels"},
+    package_data={"lavish_fast": ["data/*"]},
+    install_requires=[
+        "torch>=2.11,<2.12",
+        "torchaudio>=2.11,<2.12",
+        "timm>=1.0.20",
+        "xformers==0.0.35; sys_platform == 'linux'",
+        "safetensors",
+        "huggingface_hub",
+        "av",
+        "h5py",
+        "numpy",
+        "typer",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+    ],
+    extras_require={
+        "test": ["pytest", "hypothesis", "ruff"],
+        "benchmarks": ["pytest-benchmark", "nvidia-ml-py"],
+    },
+    entry_points={"console_scripts": ["lavish-fast = lavish_fast.cli:main"]},
+)
