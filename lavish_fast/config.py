@@ -342,3 +342,43 @@ _PRESETS = {
     "ave-vit-small": _vit(384, 12, 6, "vit_small_patch16_224.augreg_in21k"),
     "ave-vit-tiny": _vit(192, 12, 3, "vit_tiny_patch16_224.augreg_in21k"),
 }
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. The defaults are the paper's for AVE (the released README has lr 5e-5).
+
+    batch_size: clips per device that go through the model at once. accumulate: such batches to a step of the
+    optimiser. lr, head_lr: Adam's learning rates of adapters and head; every `lr_step` epochs, if given, both are
+    multiplied by `lr_gamma`. patience: epochs without a better validation accuracy after which training stops.
+    amp: "bf16" for autocast to bfloat16. workers: processes that decode. save_every: steps between the checkpoints
+    within an epoch; without it there is one at the end of each epoch.
+    """
+
+    batch_size: int = 2
+    epochs: int = 50
+    lr: float = 5e-6
+    head_lr: float = 4e-6
+    lr_step: int | None = None
+    lr_gamma: float = 0.35
+    accumulate: int = 1
+    patience: int = 5
+    amp: str | None = None
+    seed: int = 0
+    workers: int = 2
+    save_every: int | None = None
+
+    def __post_init__(self) -> None:
+        minima = {"batch_size": 1, "epochs": 1, "lr_step": 1, "accumulate": 1, "patience": 1}
+        for name, least in (minima | {"seed": 0, "workers": 0, "save_every": 1}).items():
+            value = getattr(self, name)
+            optional = name in ("lr_step", "save_every")
+            if not (value is None and optional) and (type(value) is not int or value < least):
+                raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
+        for name in ("lr", "head_lr", "lr_gamma"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        if self.amp not in (None, "bf16"):
+            raise ValueError(f"amp: expected None or 'bf16', got {self.amp!r}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: expected less than 2**32, got {self.seed}")

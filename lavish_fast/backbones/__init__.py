@@ -1,0 +1,39 @@
+"""Frozen backbones with timm's parameter names.
+
+Each has `embed(images)`, `blocks` (a flat list, whose entries have `attention_branch` and `mlp_branch`),
+`enter(i, x)` (what happens to a stream before block i) and `pool(x)` (tokens to one feature vector).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lavish_fast.config import SwinV2Config, ViTConfig
+
+
+def build(config: SwinV2Config | ViTConfig) -> nn.Module:
+    """The backbone of a configuration, randomly initialised and frozen."""
+    if config.kind == "vit":
+        from lavish_fast.backbones.vit import ViT as backbone
+    else:
+        from lavish_fast.backbones.swin_v2 import SwinV2 as backbone
+    return backbone(config).requires_grad_(False)
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """The stochastic depth of each block, rising linearly from 0 to `rate`."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, each image's branch is dropped with probability `rate`, the others scaled up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        keep = x.new_empty(len(x), *(1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)

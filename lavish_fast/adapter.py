@@ -1,0 +1,63 @@
+"""The LAVISH adapter: its parameters, and a forward as short as the figure in the paper."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lavish_fast import ops
+from lavish_fast.config import AdapterConfig
+
+
+class LavishAdapter(nn.Module):
+    """One stream's adapter at one place of one block (paper, section 3.2).
+
+    Args:
+        width: C, the stream's channels.
+        config: latents, reduction, groups and which norms there are.
+        gate: whether the output is scaled by a trainable gate, 0 at the start.
+        cross_modal: whether the stream reads the other one through the latent tokens.
+
+    A fresh adapter with a gate returns exactly zero.
+    """
+
+    def __init__(self, width: int, config: AdapterConfig, *, gate: bool = True, cross_modal: bool = True) -> None:
+        super().__init__()
+        bottleneck, groups = width // config.reduction, config.groups
+        self.latents = nn.Parameter(torch.rand(config.latents, width)) if cross_modal else None
+        self.gate_av = nn.Parameter(torch.zeros(1)) if cross_modal else None
+        self.ln_before = nn.LayerNorm(width) if config.ln_before else None
+        self.down = nn.Parameter(_conv_init(bottleneck, width // groups))
+        self.bn1 = nn.BatchNorm1d(bottleneck) if config.batch_norm else None
+        self.up = nn.Parameter(_conv_init(width, bottleneck // groups))
+        self.bn2 = nn.BatchNorm1d(width) if config.batch_norm else None
+        self.ln_after = nn.LayerNorm(width) if config.ln_after else None
+        self.gate = nn.Parameter(torch.zeros(1)) if gate else None
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """g LN(BN(up(ReLU(BN(down(LN(X'))))))). x (n, N, C), other (n, M, C) or None -> (n, N, C)."""
+        if self.latents is not None:
+            x = ops.read_latents(x, ops.gather_latents(self.latents, other), self.gate_av)
+        if self.ln_before is not None:
+            x = self.ln_before(x)
+        z = ops.grouped_linear(x, self.down)
+        z = F.relu(_channelwise(self.bn1, z))
+        z = ops.grouped_linear(z, self.up)
+        z = _channelwise(self.bn2, z)
+        if self.ln_after is not None:
+            z = self.ln_after(z)
+        return z if self.gate is None else self.gate * z
+
+
+def _channelwise(norm: nn.Module | None, x: Tensor) -> Tensor:
+    # Statistics per channel over all tokens of all images, as BatchNorm2d has them on the released (n, C, N, 1).
+    return x if norm is None else norm(x.flatten(0, 1)).view_as(x)
+
+
+def _conv_init(out_features: int, in_features: int) -> Tensor:
+    weight = torch.empty(out_features, in_features)
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    return weight

@@ -1,0 +1,229 @@
+"""Weights in and out: the released names to ours and back, frozen backbones, safetensors written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+_ADAPTERS = re.compile(r"(audio|vis)_adapter_blocks_(p[12])\.(\d+)\.(.+)")
+_OURS = re.compile(r"adapters\.(\d+)\.(audio|video)_(p[12])\.(.+)")
+_ADAPTER_NAMES = {
+    "my_tokens": "latents",
+    "down_sampler.weight": "down",
+    "up_sampler.weight": "up",
+    "gate": "gate",
+    "gate_av": "gate_av",
+}
+_HEAD = {"mlp_class": "head.fc1", "mlp_class_2": "head.fc2"}
+# Entries of the released networks that no forward pass reads, or that follow from the others.
+_DEAD = re.compile(
+    r"adapter_token_downsampler\.|.*\.gate_tk$|.*\.relative_(coords_table|position_index)$|.*\.attn_mask$"
+    r"|.*\.k_bias$|(swin|ViT\.v)\.head\."
+)
+
+
+def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A released network's state dict under our names, its dead entries left out.
+
+    Names that are not known stay as they are, so that a strict load names them.
+    """
+    if state_dict and all(key.startswith("module.") for key in state_dict):
+        state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    renamed = {}
+    for key, value in state_dict.items():
+        if _DEAD.match(key):
+            continue
+        if match := _ADAPTERS.match(key):
+            stream, place, index, rest = match.groups()
+            name = _ADAPTER_NAMES.get(rest, rest.replace("ln_post", "ln_after"))
+            if name in ("down", "up"):
+                value = value.flatten(1)  # a 1x1 convolution's weight (D, C / G, 1, 1)
+            renamed[f"adapters.{index}.{'video' if stream == 'vis' else stream}_{place}.{name}"] = value
+        elif match := re.match(r"(mlp_class(?:_2)?)\.(weight|bias)$", key):
+            renamed[f"{_HEAD[match[1]]}.{match[2]}"] = value
+        elif match := re.match(r"swin\.layers\.(\d+)\.downsample\.(.+)", key):
+            # timm 0.6 keeps patch merging at the end of a stage, later versions at the start of the next.
+            renamed[f"backbone.layers.{int(match[1]) + 1}.downsample.{match[2]}"] = value
+        elif match := re.match(r"(?:swin|ViT\.v)\.(.+)", key):
+            renamed[f"backbone.{match[1]}"] = value
+        else:
+            renamed[key] = value
+    return renamed
+
+
+def to_official(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The inverse of `from_official` for a backbone of this kind ("swinv2" or "vit"), without the dead entries."""
+    prefix = "ViT.v." if kind == "vit" else "swin."
+    adapter_names = {ours: theirs for theirs, ours in _ADAPTER_NAMES.items()}
+    head = {ours: theirs for theirs, ours in _HEAD.items()}
+    renamed = {}
+    for key, value in state_dict.items():
+        if match := _OURS.match(key):
+            index, stream, place, rest = match.groups()
+            name = adapter_names.get(rest, rest.replace("ln_after", "ln_post"))
+            if rest in ("down", "up"):
+                value = value[:, :, None, None]
+            renamed[f"{'vis' if stream == 'video' else stream}_adapter_blocks_{place}.{index}.{name}"] = value
+        elif match := re.match(r"(head\.fc[12])\.(.+)", key):
+            renamed[f"{head[match[1]]}.{match[2]}"] = value
+        elif match := re.match(r"backbone\.layers\.(\d+)\.downsample\.(.+)", key):
+            renamed[f"{prefix}layers.{int(match[1]) - 1}.downsample.{match[2]}"] = value
+        else:
+            renamed[prefix + key.removeprefix("backbone.")] = value
+    return renamed
+
+
+def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor], what: str) -> None:
+    """Loads exactly these tensors. Raises: ValueError naming what is missing, unexpected or of another shape."""
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in sorted(own.keys() - state_dict.keys())]
+    problems += [f"unexpected {name}" for name in sorted(state_dict.keys() - own.keys())]
+    problems += [
+        f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(state_dict[name].shape)}"
+        for name in sorted(own.keys() & state_dict.keys())
+        if own[name].shape != state_dict[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{what}: expected the {len(own)} tensors of this configuration, got: {shown}")
+    module.load_state_dict(dict(state_dict))
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a torch file read with weights_only: nothing in it is executed.
+
+    Raises: FileNotFoundError, or ValueError naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file of weights, got none")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zipfile and pickle each raise their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: expected safetensors or a plain state dict, got an unreadable file: {reason}") from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
+            tensors = tensors[wrapper]
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path}: expected a state dict of tensors, got {type(tensors).__name__}")
+    return dict(tensors)
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a temporary file beside `path`, then moves it there: a kill leaves the old file or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """A small text file, written atomically."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, written atomically."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda file: save_file(contiguous, file, dict(metadata)))
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A checksum of a module's weights, the same in float64, float32 and bfloat16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def backbone_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a frozen backbone under timm's names.
+
+    Args:
+        source: a state dict; the path of a file; "package:NAME" for weights that come with this package; or the
+            name of a timm model, whose pretrained weights are fetched.
+
+    Raises: ValueError or FileNotFoundError naming the source.
+    """
+    if isinstance(source, Mapping):
+        tensors = dict(source)
+    elif str(source).startswith("package:"):
+        name = str(source).removeprefix("package:")
+        with resources.as_file(resources.files("lavish_fast") / "data" / f"{name}.safetensors") as path:
+            tensors = read_tensors(path)
+    elif Path(source).suffix in (".safetensors", ".pt", ".pth", ".bin") or os.sep in str(source):
+        tensors = read_tensors(source)
+    else:
+        tensors = _timm_tensors(str(source))
+    if any(key.startswith("layers.0.downsample.") for key in tensors):
+        tensors = from_official({f"swin.{key}": value for key, value in tensors.items()})
+        tensors = {key.removeprefix("backbone."): value for key, value in tensors.items()}
+    dead = re.compile(rf"{_DEAD.pattern}|head\.|fc_norm\.")
+    return {key: value for key, value in tensors.items() if not dead.match(key)}
+
+
+def _timm_tensors(name: str) -> dict[str, Tensor]:
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"backbone: expected a file, or a timm model's name, got {name!r}")
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"backbone: expected to fetch the timm weights {name!r}, got: {reason}; without a network give a local file"
+        ) from None
+
+
+def read_config(path: str | os.PathLike) -> dict:
+    """The JSON object of a config.json. Raises: FileNotFoundError, or ValueError naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a checkpoint's {CONFIG_NAME}, got none")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
