@@ -1,10 +1,12 @@
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="lavish_fast",
     version="0.1.0",
-    description="Fast, tested LAVISH: one frozen vision transformer that reads video and sound through latent-token adapters",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description="LAVISH, fast and tested: a frozen vision transformer that reads video and sound",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.14",

@@ -117,7 +117,9 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zipfile and pickle each raise their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: expected safetensors or a plain state dict, got an unreadable file: {reason}") from None
+        raise ValueError(
+            f"{path}: expected safetensors or a plain state dict, got an unreadable file: {reason}"
+        ) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
             tensors = tensors[wrapper]

@@ -261,8 +261,8 @@ class Config:
                 values[name] = _build(section, values[name], name)
         if "backbone" in values:
             values["backbone"] = _backbone_from_mapping(values["backbone"])
-        if "classes" in values:
-            values["classes"] = tuple(values["classes"])
+        if isinstance(values.get("classes"), list):
+            values["classes"] = tuple(map(str, values["classes"]))
         return _build(cls, values, "config")
 
 
@@ -283,15 +283,23 @@ def _build(section: type, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a mapping, got {type(values).__name__}")
     known = {f.name for f in dataclasses.fields(section)}
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(map(str, set(values) - known)):
         raise ValueError(f"{where}: expected fields among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    for f in dataclasses.fields(section):
+        expected = type(f.default)
+        if f.name not in values or f.default is None or f.default is dataclasses.MISSING:
+            continue
+        if type(values[f.name]) is not expected and (expected, type(values[f.name])) != (float, int):
+            raise ValueError(f"{where}.{f.name}: expected {expected.__name__}, got {values[f.name]!r}")
     return section(**values)
 
 
 def _backbone_from_mapping(values: Mapping[str, Any]) -> SwinV2Config | ViTConfig:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"backbone: expected a mapping, got {type(values).__name__}")
     values = dict(values)
     kind = values.pop("kind", None)
-    if kind not in BACKBONES:
+    if not isinstance(kind, str) or kind not in BACKBONES:
         raise ValueError(f"backbone.kind: expected one of {', '.join(BACKBONES)}, got {kind!r}")
     kept: dict[str, Any] = {}
     for name, value in values.items():

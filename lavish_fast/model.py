@@ -217,7 +217,7 @@ class Model(nn.Module):
         got = checkpoint.fingerprint(model.backbone)
         if expected != got:
             raise ValueError(
-                f"{source}: expected the backbone that it was trained on (checksum {str(expected)[:12]}), got {got[:12]}"
+                f"{source}: expected the backbone it was trained on (checksum {str(expected)[:12]}), got {got[:12]}"
             )
         return model.eval()
 

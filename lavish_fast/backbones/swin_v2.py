@@ -168,7 +168,7 @@ class SwinV2(nn.Module):
             if size < 1 or size % window or size * config.patch_size * 2**i != config.img_size:
                 raise ValueError(
                     f"backbone: expected an image side that patches, stages and windows divide, got img_size "
-                    f"{config.img_size}, patch_size {config.patch_size}, window_size {config.window_size}, stage {i + 1}"
+                    f"{config.img_size}, patch_size {config.patch_size}, window_size {config.window_size}, stage {i}"
                 )
             blocks = []
             for j in range(depth):

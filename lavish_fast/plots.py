@@ -1,0 +1,410 @@
+"""What people look at: a picture per clip, the curves of a training run, and a report that holds both in one file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lavish_fast import checkpoint, media
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH, _LEFT, _RIGHT = 10.0, 1.1, 0.25  # inches
+_INNER = _WIDTH - _LEFT - _RIGHT
+_GAP = 0.1
+_MAX_THUMBNAILS, _MAX_THUMBNAIL = 10, 1.73
+_LINES, _LEAST = 4, 0.05  # classes whose probability is drawn: at most so many, if they ever reach so much
+_COLUMNS = 5  # of the legend
+_DPI = 120
+
+_INK, _MUTED, _BACKGROUND = "#1f2933", "#7b8794", "#dde2e7"
+# Okabe and Ito's colours, which colour-blind people tell apart, and darker ones for the classes beyond them.
+_PALETTE = (
+    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"),
+    *("#7a5195", "#8c6d1f", "#8f9e1e", "#a83232", "#2f4b7c", "#5c5c5c"),
+)
+
+
+def timeline(
+    clip: media.Clip,
+    probabilities: Tensor,
+    classes: Sequence[str],
+    *,
+    title: str,
+    truth: Tensor | None = None,
+    seconds: float = 1.0,
+) -> Figure:
+    """A picture of one clip over time: frames, spectrogram, probabilities, predicted and true events.
+
+    Args:
+        clip: as `media.load_clip` gives it; T segments.
+        probabilities: (T, K). The most probable class of a segment is the predicted one.
+        classes: the K names, background last; background is light grey in the picture.
+        truth: (T,) class indices, if they are known.
+        seconds: of a segment.
+
+    Raises: ValueError when the shapes do not agree.
+    """
+    from matplotlib.figure import Figure
+
+    probabilities = probabilities.detach().float().cpu()
+    segments, count = len(clip.video), len(classes)
+    if tuple(probabilities.shape) != (segments, count):
+        raise ValueError(f"probabilities: expected {(segments, count)}, got {tuple(probabilities.shape)}")
+    if truth is not None and tuple(truth.shape) != (segments,):
+        raise ValueError(f"truth: expected {(segments,)}, got {tuple(truth.shape)}")
+
+    tracks = {"predicted": probabilities.argmax(1).tolist()}
+    if truth is not None:
+        tracks["true"] = truth.tolist()
+    events = probabilities[:, :-1].amax(0)
+    lines = [k for k in events.topk(min(_LINES, count - 1)).indices.tolist() if events[k] >= _LEAST]
+    shown = sorted({*lines, *(k for track in tracks.values() for k in track)} - {count - 1})
+    colours = _colours(shown) | {count - 1: _BACKGROUND}
+
+    thumbnails = min(segments, _MAX_THUMBNAILS)
+    strip = min(_INNER / thumbnails, _MAX_THUMBNAIL)
+    rows = -(-(len(shown) + 1) // _COLUMNS)
+    heights = {"title": 0.35, "frames": strip, "sound": 1.35, "axis": 0.2, "p": 1.35, "space": 0.0}
+    heights |= dict.fromkeys(tracks, 0.34) | {"last axis": 0.2, "legend": 0.24 * rows}
+    height = sum(heights.values()) + _GAP * len(heights)
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
+    axes, top = {}, height
+    for name, tall in heights.items():
+        top -= tall + _GAP
+        if name in ("frames", "sound", "p", *tracks):
+            box = (_LEFT / _WIDTH, top / height, _INNER / _WIDTH, tall / height)
+            axes[name] = figure.add_axes(box, xlim=(0, segments * seconds))
+            _plain(axes[name])
+    style = {"fontsize": 12, "fontweight": "bold", "color": _INK, "parse_math": False}
+    figure.text(_LEFT / _WIDTH, 1 - 0.32 / height, title, **style)
+
+    _draw_frames(axes["frames"], clip.video, thumbnails, strip, seconds)
+    _draw_sound(axes["sound"], clip.audio, seconds)
+    _draw_probabilities(axes["p"], probabilities, [*lines, count - 1], colours, seconds)
+    for name, track in tracks.items():
+        _draw_track(axes[name], name, track, classes, colours, seconds)
+    for name in ("sound", list(tracks)[-1]):
+        _show_seconds(axes[name])
+    _draw_legend(figure, [*shown, count - 1], classes, colours, rows)
+    return figure
+
+
+def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Loss and validation accuracy of each epoch.
+
+    Args:
+        history: by the variant's name, the rows of its log.jsonl; rows of single steps are passed over.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(_WIDTH, 3.6), dpi=_DPI, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    panels = {"train_loss": "training loss", "val_accuracy": "validation accuracy"}
+    for axes, (key, label) in zip(figure.subplots(1, 2), panels.items()):
+        for (name, rows), colour in zip(history.items(), _PALETTE):
+            epochs = [row for row in rows if "val_accuracy" in row]
+            x, y = [row["epoch"] for row in epochs], [row[key] for row in epochs]
+            axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
+        axes.set_title(label, fontsize=11, color=_INK, loc="left")
+        axes.set_xlabel("epoch", fontsize=9, color=_MUTED)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", color=_BACKGROUND, linewidth=0.8)
+        axes.tick_params(labelsize=9, colors=_MUTED, length=0)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(_BACKGROUND)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if history:
+        for text in axes.legend(frameon=False, fontsize=9, labelcolor=_INK).get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # A file's name may be in a script that the font lacks: boxes are drawn, which is good enough.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes the figure as a PNG file, atomically."""
+    data = png(figure)
+    checkpoint.write_atomically(path, lambda file: file.write_bytes(data))
+
+
+def report(
+    path: str | os.PathLike,
+    *,
+    title: str,
+    summary_rows: Sequence[Mapping[str, Any]],
+    clips: Iterable[tuple[str, Figure | bytes, str]],
+    notes: Sequence[str] = (),
+    curves: Figure | bytes | None = None,
+) -> None:
+    """Writes an HTML page that needs no other file: a table, notes, the curves, and a picture per clip. Atomic.
+
+    Args:
+        summary_rows: a mapping a row, column to value; the columns are in order of first appearance. Numbers are
+            right-aligned; format them beforehand if four digits are not what is wanted.
+        clips: (name, figure or PNG bytes, caption).
+        notes: a paragraph each.
+    """
+    parts = [f"<h1>{html.escape(title)}</h1>", _table(summary_rows)]
+    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
+    if curves is not None:
+        parts += ["<h2>Training</h2>", _picture(curves, "loss and validation accuracy by epoch")]
+    sections = [
+        f"<section><h3>{html.escape(name)}</h3>{_picture(figure, caption)}</section>" for name, figure, caption in clips
+    ]
+    if sections:
+        parts += ["<h2>Clips</h2>", *sections]
+    page = _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(part for part in parts if part))
+    checkpoint.write_text(path, page)
+
+
+# The rows of a timeline
+
+
+def _plain(axes: Axes) -> None:
+    axes.set_yticks([])
+    axes.tick_params(bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+
+
+def _show_seconds(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g} s"))
+    axes.tick_params(axis="x", bottom=True, labelbottom=True, labelsize=8, colors=_MUTED, length=3)
+
+
+def _name_row(axes: Axes, name: str) -> None:
+    axes.set_ylabel(name, fontsize=9, color=_INK, rotation=0, ha="right", va="center", labelpad=8)
+
+
+def _draw_frames(axes: Axes, video: Tensor, thumbnails: int, side: float, seconds: float) -> None:
+    """Each picture stands over the middle of the stretch of time it stands for."""
+    import numpy as np
+
+    span = len(video) * seconds
+    inch = span / _INNER
+    middles = (np.arange(thumbnails) + 0.5) / thumbnails
+    pictures = media.denormalise(video[(middles * len(video)).astype(int)].cpu()).numpy()
+    half = 0.5 * (side - 0.04) * inch
+    for middle, picture in zip(middles * span, pictures):
+        axes.imshow(picture, extent=(middle - half, middle + half, 0, 1), aspect="auto", interpolation="antialiased")
+    axes.set(xlim=(0, span), ylim=(0, 1))
+    _name_row(axes, "frames")
+
+
+def _draw_sound(axes: Axes, audio: Tensor, seconds: float) -> None:
+    import numpy as np
+
+    audio = audio.detach().float().cpu()
+    # What follows the last frame of a window is padding: zeros, which no spectrogram of silence has.
+    used = int(audio.abs().amax((0, 2)).count_nonzero()) or audio.shape[1]
+    image = audio[:, :used].flatten(0, 1).T.numpy()
+    # Narrow mel filters may hold no Fourier bin and are constant then: no sound can reach them.
+    empty = np.ptp(image, axis=1) == 0
+    if not empty.all():
+        rows = np.arange(len(image))
+        image = image[[rows[~empty][np.abs(rows[~empty] - row).argmin()] for row in rows]]
+    low, high = np.percentile(image, (2, 99.8))
+    axes.imshow(
+        image,
+        extent=(0, len(audio) * seconds, 0, 1),
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        vmin=low,
+        vmax=max(high, low + 1e-3),
+        interpolation="antialiased",
+    )
+    axes.set_ylim(0, 1)
+    if empty.all():
+        axes.text(0.5, 0.5, "silence", color="white", fontsize=9, ha="center", va="center", transform=axes.transAxes)
+    _name_row(axes, "sound\nlow to high")
+
+
+def _draw_probabilities(
+    axes: Axes, probabilities: Tensor, drawn: list[int], colours: Mapping[int, str], seconds: float
+) -> None:
+    segments, count = probabilities.shape
+    x = [(i + 0.5) * seconds for i in range(segments)]
+    for level in (0, 0.5, 1):
+        axes.axhline(level, color=_BACKGROUND, linewidth=0.8, zorder=0)
+    marker = "o" if segments <= 30 else None
+    for k in reversed(drawn):
+        background = k == count - 1
+        axes.plot(
+            x,
+            probabilities[:, k].tolist(),
+            color="#b4bcc5" if background else colours[k],
+            linestyle=(0, (4, 2)) if background else "-",
+            linewidth=1.2 if background else 1.8,
+            marker=None if background else marker,
+            markersize=3.5,
+            clip_on=False,
+        )
+    axes.set(ylim=(0, 1), yticks=(0, 0.5, 1))
+    axes.tick_params(axis="y", labelsize=8, colors=_MUTED, length=0)
+    _name_row(axes, "probability")
+    axes.yaxis.set_label_coords(-0.03, 0.5)
+
+
+def _draw_track(
+    axes: Axes, name: str, track: list[int], classes: Sequence[str], colours: Mapping[int, str], seconds: float
+) -> None:
+    axes.set_ylim(0, 1)
+    _name_row(axes, name)
+    first = 0
+    for k, run in groupby(track):
+        stop = first + len(list(run))
+        axes.barh(0.5, (stop - first) * seconds, 1, first * seconds, color=colours[k], edgecolor="white", linewidth=1.2)
+        style = {"fontsize": 8.5, "color": _ink_on(colours[k]), "ha": "center", "va": "center", "parse_math": False}
+        text = axes.text((first + stop) / 2 * seconds, 0.48, "", **style)
+        room = (stop - first) / len(track) * _INNER * _DPI - 8
+        for label in (classes[k], _short(classes[k])):
+            text.set_text(label)
+            if text.get_window_extent().width <= room:
+                break
+        else:
+            text.remove()
+        first = stop
+
+
+def _draw_legend(
+    figure: Figure, shown: list[int], classes: Sequence[str], colours: Mapping[int, str], rows: int
+) -> None:
+    from matplotlib.patches import Patch
+
+    legend = figure.legend(
+        [Patch(color=colours[k]) for k in shown],
+        [_short(classes[k]) for k in shown],
+        loc="lower left",
+        bbox_to_anchor=(_LEFT / _WIDTH, 0),
+        ncols=-(-len(shown) // rows),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=_INK,
+        handlelength=1,
+        handleheight=1,
+        borderaxespad=0.5,
+        borderpad=0,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _colours(shown: Iterable[int]) -> dict[int, str]:
+    """A class has the same colour in every picture, unless another of the picture has taken it."""
+    colours: dict[int, str] = {}
+    for k in shown:
+        turn = (_PALETTE[(k + i) % len(_PALETTE)] for i in range(len(_PALETTE)))
+        colours[k] = next((c for c in turn if c not in colours.values()), _PALETTE[k % len(_PALETTE)])
+    return colours
+
+
+def _ink_on(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+
+
+def _short(name: str) -> str:
+    """A class's first name: "Male speech, man speaking" -> "Male speech"."""
+    first = name.split(",")[0].split(" (")[0].strip() or name
+    return first if len(first) <= 20 else first[:19] + "…"
+
+
+# The pieces of a report
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --page: #f7f8fa; --card: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7eb; --muted: #9aa5b1; --line: #323f4b; --page: #14181d; --card: #1f2730; }
+}
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 1.25rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
+h3 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+p { max-width: 46rem; }
+.table { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .55rem .9rem; text-align: left; border-bottom: 1px solid var(--line); }
+th { color: var(--muted); font-weight: 600; font-size: .85rem; }
+tr:last-child td { border-bottom: 0; }
+.number { text-align: right; }
+section { margin: 0 0 1.5rem; }
+figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+img { display: block; width: 100%; height: auto; }
+figcaption { padding: .5rem .9rem; color: var(--muted); background: var(--card); font-size: .9rem; }
+"""
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if not columns:
+        return ""
+    # A column of figures stands to the right even if they come as text, such as "81.1 %".
+    right = {c for c in columns if all(_is_figure(row[c]) for row in rows if row.get(c) is not None)}
+
+    def line(tag: str, cells: Iterable[tuple[str, str]]) -> str:
+        marked = {c: ' class="number"' if c in right else "" for c in columns}
+        return "<tr>" + "".join(f"<{tag}{marked[c]}>{html.escape(text)}</{tag}>" for c, text in cells) + "</tr>"
+
+    body = "\n".join(line("td", ((c, _cell(row.get(c))) for c in columns)) for row in rows)
+    head = line("th", ((c, c) for c in columns))
+    return f'<div class="table"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) or str(value)[:1].isdigit() or str(value)[:2].strip("+-–.")[:1].isdigit()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _picture(figure: Figure | bytes, caption: str) -> str:
+    data = figure if isinstance(figure, bytes) else png(figure)
+    text = html.escape(caption, quote=True)
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    below = f"<figcaption>{text}</figcaption>" if caption else ""
+    return f'<figure><img alt="{text}" src="{source}">{below}</figure>'

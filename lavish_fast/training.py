@@ -1,0 +1,503 @@
+"""The loop: training and evaluation on one or many devices, resumable.
+
+Under torchrun every process is one rank: the ranks divide each step's clips between them and sum their gradients
+once a step. The trainable parameters are few (10 M for Swin-V2-L), so nothing is gained by overlapping that sum
+with the backward pass, and summing over segments stays exact when a rank has fewer clips than another.
+BatchNorm takes its statistics from each rank's own batch; the running ones are averaged before they are used.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lavish_fast import checkpoint
+from lavish_fast.config import TrainConfig
+from lavish_fast.tasks import ave
+
+if TYPE_CHECKING:
+    from lavish_fast.model import Model
+
+# What may differ when a run is resumed: it decides how long and how fast, not what is computed.
+_FREE = ("epochs", "patience", "workers")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `fit` did. best_accuracy: on the validation set (0 to 1), in epoch best_epoch, counted from 1.
+
+    skipped: a line for each file that could not be read.
+    """
+
+    best_accuracy: float
+    best_epoch: int
+    epochs: int
+    steps: int
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Segment accuracy (0 to 1) = correct / total seconds of the clips that could be read.
+
+    skipped: a line for each file that could not. predictions: by clip id, probabilities (T, K) float32 on the CPU.
+    """
+
+    accuracy: float
+    correct: int
+    total: int
+    skipped: tuple[str, ...]
+    clips_per_second: float
+    predictions: Mapping[str, Tensor]
+
+
+def fit(
+    model: Model,
+    train_set: Dataset,
+    val_set: Dataset,
+    config: TrainConfig,
+    out: str | os.PathLike,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    device: str | torch.device | None = None,
+) -> Fit:
+    """Trains adapters and head with Adam, two learning rates, as the paper does.
+
+    After each epoch the model is evaluated on the validation set; the best one is kept in out/best, written by
+    `save_pretrained`. (The released code selects on the test set.) Training ends after `config.epochs`, or after
+    `config.patience` epochs without a better accuracy. `model` is left as the last step left it.
+
+    A micro-batch counts by its segments, so k of them are one batch k times as large, but for BatchNorm. A clip
+    that cannot be read is left out with a warning.
+
+    Args:
+        train_set, val_set: `ave.AVEDataset`, or anything with its items.
+        out: last/ is the state to resume from, best/ the best model; log.jsonl has a line a step and an epoch,
+            tensorboard/ the same as curves. Each file is replaced in one move, so a kill leaves the old or the new.
+        resume: go on from out/last, also from the middle of an epoch: on a CPU, bit for bit as if never stopped.
+            `epochs`, `patience` and `workers` of the configuration may be changed, nothing else.
+        progress: a running bar to use. Without it there is one on a terminal, and elsewhere a line an epoch.
+        device: a GPU where there is one, if not given.
+
+    Raises: ValueError or FileNotFoundError naming what was expected and what came; FloatingPointError naming the
+        clips whose probabilities are not finite, before that step is taken.
+    """
+    out, device = Path(out), _device(device)
+    for name, data in (("train set", train_set), ("validation set", val_set)):
+        if not len(data):
+            raise ValueError(f"{name}: expected clips, got none")
+    path = out / "last" / "state.safetensors"
+    if resume and not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the state of a run to resume, got none")
+    if not resume and path.is_file():
+        raise ValueError(f"{out}: expected a folder without a run, or to be asked to resume, got {path}")
+
+    rank, world = _join(device)
+    with _display(progress, rank) as (bar, say):
+        model.to(device)
+        if world > 1:
+            weights = model.state_dict()
+            for tensor in weights.values():
+                dist.broadcast(tensor, 0)
+            model.load_state_dict(weights)  # constants that the backbone keeps are made anew
+        steps = _Steps(len(train_set), config, rank, world)
+        loader = _loader(train_set, config.workers, device, batch_sampler=steps, persistent_workers=config.workers > 0)
+        run = _Run(model, config, steps, path, device)
+        if resume:
+            run.load()
+        state = run.state
+        with _Log(out, state) as log:
+            while state.epoch < config.epochs and state.epoch - state.best_epoch < config.patience:
+                clips_per_second = _train_epoch(run, loader, log, bar)
+                run.average_buffers()
+                options = {"batch_size": config.batch_size, "amp": config.amp, "workers": config.workers}
+                result = evaluate(model, val_set, **options, progress=bar, device=device)
+                if rank == 0:
+                    run.note(result.skipped)
+                state.epoch, state.step = state.epoch + 1, 0
+                if result.accuracy > state.best_accuracy:
+                    state.best_accuracy, state.best_epoch = result.accuracy, state.epoch
+                    if rank == 0:
+                        model.save_pretrained(out / "best")
+                loss, state.loss, state.segments = state.loss / state.segments, 0.0, 0
+                state.skipped = list(dict.fromkeys(itertools.chain(*_gather(state.skipped))))
+                log.epoch(state, loss, result, clips_per_second)
+                run.save()
+                say(
+                    f"epoch {state.epoch}/{config.epochs}  loss {loss:.4f}  val {result.accuracy:.1%} "
+                    f"({result.correct}/{result.total})  {clips_per_second:.1f} clips/s"
+                    + (f"  {len(state.skipped)} files skipped" if state.skipped else "")
+                )
+        return Fit(state.best_accuracy, state.best_epoch, state.epoch, state.steps, tuple(state.skipped))
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model,
+    dataset: Dataset,
+    *,
+    batch_size: int = 2,
+    rule: str = "argmax",
+    amp: str | None = None,
+    workers: int = 0,
+    progress: Progress | None = None,
+    device: str | torch.device | None = None,
+) -> Evaluation:
+    """Segment accuracy of a model in evaluation mode. Under torchrun each clip is counted once, by one rank.
+
+    Args:
+        rule: how probabilities become classes, as for `ave.decide`.
+        amp, workers: as in `TrainConfig`. progress, device: as for `fit`.
+
+    Raises: ValueError when no clip can be read, FloatingPointError naming clips with non-finite probabilities.
+    """
+    device = _device(device)
+    metric = ave.SegmentAccuracy(rule)
+    predictions: dict[str, Tensor] = {}
+    skipped: list[str] = []
+    was_training = model.training
+    rank, world = _join(device)
+    with _display(progress, rank) as (bar, _):
+        model.to(device).eval()
+        mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
+        loader = _loader(mine, workers, device, batch_size=batch_size)
+        start = time.perf_counter()
+        for batch in _track(loader, bar):
+            skipped += batch.failed
+            if len(batch):
+                batch = batch.to(device)
+                probabilities = _probabilities(model, batch, amp)
+                metric.update(probabilities, batch.labels)
+                predictions |= zip(batch.ids, probabilities.float().cpu().unflatten(0, (len(batch), -1)))
+        seconds = time.perf_counter() - start
+        parts = _gather((metric.correct, metric.total, skipped, predictions))
+    model.train(was_training)
+    correct, total = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    skipped = tuple(dict.fromkeys(itertools.chain(*(part[2] for part in parts))))
+    if not total:
+        raise ValueError(f"evaluation: expected a clip that can be read, got none of {len(dataset)}: {skipped[:1]}")
+    clips = len(dataset) - len(skipped)
+    predictions = {name: p for part in parts for name, p in part[3].items()}
+    return Evaluation(correct / total, correct, total, skipped, clips / seconds, predictions)
+
+
+@dataclass
+class _State:
+    """Where a run stands."""
+
+    epoch: int = 0  # epochs finished
+    step: int = 0  # steps taken in the epoch that is under way
+    steps: int = 0  # steps taken in all
+    loss: float = 0.0  # over the epoch's segments so far, summed
+    segments: int = 0
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+    log_bytes: int = 0
+    skipped: list[str] = dataclasses.field(default_factory=list)
+
+
+class _Run:
+    """The model, its optimiser and where they stand: all that a checkpoint holds."""
+
+    def __init__(self, model: Model, config: TrainConfig, steps: _Steps, path: Path, device: torch.device) -> None:
+        self.model, self.config, self.steps, self.path, self.device = model, config, steps, path, device
+        self.state = _State()
+        head = [p for name, p in model.trainable_parameters() if name.startswith("head.")]
+        adapters = [p for name, p in model.trainable_parameters() if not name.startswith("head.")]
+        self.parameters = adapters + head
+        self.optimizer = torch.optim.Adam([{"params": adapters}, {"params": head}])
+        self.identity = {
+            "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE},
+            "model": model.config.to_dict() | {"backbone_sha256": checkpoint.fingerprint(model.backbone)},
+            "train_clips": steps.clips,
+            "processes": steps.world,
+        }
+
+    def step(self, batches: Iterable[ave.Batch]) -> tuple[float, int]:
+        """One step of the optimiser over some micro-batches. Returns loss and clips, over all ranks."""
+        for group, lr in zip(self.optimizer.param_groups, (self.config.lr, self.config.head_lr)):
+            decays = self.state.epoch // self.config.lr_step if self.config.lr_step else 0
+            group["lr"] = lr * self.config.lr_gamma**decays
+        # No random state outlives a step, so that there is none to restore.
+        _seed(self.config.seed, self.state.steps, self.steps.rank)
+        self.optimizer.zero_grad()
+        # Sums over segments, divided once their number is known: unreadable clips and short groups change it.
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, segments, clips
+        for batch in batches:
+            self.note(batch.failed)
+            if not len(batch):
+                continue
+            batch = batch.to(self.device)
+            loss = ave.loss(_probabilities(self.model, batch, self.config.amp), batch.labels) * batch.labels.numel()
+            loss.backward()
+            sums += sums.new_tensor([loss.item(), batch.labels.numel(), len(batch)])
+        if self.steps.world > 1:
+            dist.all_reduce(sums)
+            self._sum_gradients()
+        loss, segments, clips = sums.tolist()
+        if segments:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= segments
+            self.optimizer.step()
+        self.state.loss += loss
+        self.state.segments += int(segments)
+        self.state.step += 1
+        self.state.steps += 1
+        return loss / max(segments, 1), int(clips)
+
+    def _sum_gradients(self) -> None:
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
+        dist.all_reduce(flat)
+        for parameter, gradient in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
+            parameter.grad = gradient.view_as(parameter)
+
+    def average_buffers(self) -> None:
+        """Makes BatchNorm's running statistics the mean over the ranks."""
+        if self.steps.world > 1:
+            for name, tensor in self.model.trainable_state_dict().items():
+                if name.rpartition(".")[2] in ("running_mean", "running_var"):
+                    dist.all_reduce(tensor)
+                    tensor /= self.steps.world
+
+    def note(self, failed: Iterable[str]) -> None:
+        """Warns of files that cannot be read, each once."""
+        for line in failed:
+            if line not in self.state.skipped:
+                self.state.skipped.append(line)
+                warnings.warn(f"skipped {line}", stacklevel=2)
+
+    def save(self) -> None:
+        """Writes the state, in rank 0."""
+        facts = {"identity": self.identity, "state": dataclasses.asdict(self.state)}
+        if self.steps.rank == 0:
+            tensors = {f"model.{name}": tensor for name, tensor in self.model.trainable_state_dict().items()}
+            for index, values in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"adam.{index}.{name}": tensor for name, tensor in values.items()}
+            checkpoint.write_tensors(self.path, tensors, {"run": json.dumps(facts)})
+
+    def load(self) -> None:
+        """Takes up what `save` wrote. Raises: ValueError naming the file and what does not fit."""
+        tensors = checkpoint.read_tensors(self.path)
+        try:
+            facts = json.loads(checkpoint.read_metadata(self.path)["run"])
+            saved, state = _flat(facts["identity"]), _State(**facts["state"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: expected the state of a training run, got none: {error!r}") from None
+        ours = _flat(json.loads(json.dumps(self.identity)))
+        for name in sorted(saved.keys() | ours.keys()):
+            if saved.get(name) != ours.get(name):
+                raise ValueError(f"{self.path}: expected {name} {saved.get(name)!r}, got {ours.get(name)!r}")
+        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        self.model.load_trainable_state_dict(model, str(self.path))
+        adam = {}
+        for index, parameter in enumerate(self.parameters):
+            values = {name: tensors.get(f"adam.{index}.{name}") for name in ("step", "exp_avg", "exp_avg_sq")}
+            shapes = [None if tensor is None else tensor.shape for tensor in values.values()]
+            if shapes == [torch.Size(), parameter.shape, parameter.shape]:
+                adam[index] = values
+            elif shapes != [None] * 3:  # a parameter that never had a gradient has no state
+                raise ValueError(f"{self.path}: expected Adam's state of shape {tuple(parameter.shape)}, got {shapes}")
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
+        self.state = state
+
+
+class _Steps(torch.utils.data.Sampler):
+    """The clips of each micro-batch of one rank: `accumulate` micro-batches a step, perhaps empty ones at the end.
+
+    An epoch's order follows from seed and epoch alone; `start` steps of it are left out.
+    """
+
+    def __init__(self, clips: int, config: TrainConfig, rank: int, world: int) -> None:
+        self.clips, self.config, self.rank, self.world = clips, config, rank, world
+        self.per_step = config.batch_size * config.accumulate * world
+        self.epoch = self.start = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.config.seed + self.epoch)
+        order = torch.randperm(self.clips, generator=generator).tolist()
+        size = self.config.batch_size
+        for first in range(self.start * self.per_step, self.clips, self.per_step):
+            mine = order[first : first + self.per_step][self.rank :: self.world]
+            yield from (mine[i * size : (i + 1) * size] for i in range(self.config.accumulate))
+
+    def __len__(self) -> int:
+        return (self.count - self.start) * self.config.accumulate
+
+    @property
+    def count(self) -> int:
+        """Steps in an epoch."""
+        return -(-self.clips // self.per_step)
+
+
+def _train_epoch(run: _Run, loader: DataLoader, log: _Log, bar: Progress) -> float:
+    """The rest of the epoch that is under way. Returns clips per second."""
+    state, config = run.state, run.config
+    run.steps.epoch, run.steps.start = state.epoch, state.step
+    run.model.train()
+    batches = iter(loader)
+    task = bar.add_task(f"epoch {state.epoch + 1}/{config.epochs}", total=run.steps.count, completed=state.step)
+    clips, start = 0, time.perf_counter()
+    while state.step < run.steps.count:
+        loss, done = run.step(itertools.islice(batches, config.accumulate))
+        clips += done
+        speed = clips / (time.perf_counter() - start)
+        log.step(state, loss, run.optimizer.param_groups, speed)
+        best = f"  best val {state.best_accuracy:.1%}" if state.best_epoch else ""
+        text = f"epoch {state.epoch + 1}/{config.epochs}  loss {loss:.4f}  {speed:.1f} clips/s{best}"
+        bar.update(task, advance=1, description=text)
+        if config.save_every and state.steps % config.save_every == 0:
+            run.average_buffers()
+            run.save()
+    bar.remove_task(task)
+    if not state.segments:
+        raise ValueError(f"training: expected a clip that can be read, got none of {run.steps.clips}")
+    return clips / (time.perf_counter() - start)
+
+
+def _probabilities(model: nn.Module, batch: ave.Batch, amp: str | None) -> Tensor:
+    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=amp == "bf16"):
+        probabilities = model(batch.audio, batch.video)
+    # Before the loss: on a GPU, binary cross-entropy of NaN ends the process.
+    finite = probabilities.isfinite().all(-1).view(len(batch), -1).all(-1).tolist()
+    if not all(finite):
+        names = ", ".join(name for name, fine in zip(batch.ids, finite) if not fine)
+        raise FloatingPointError(f"{names}: expected finite probabilities, got NaN or infinity")
+    return probabilities
+
+
+class _Log:
+    """log.jsonl and TensorBoard's files, written by rank 0. What was logged after the checkpoint is cut off."""
+
+    def __init__(self, out: Path, state: _State) -> None:
+        self.file = self.board = None
+        if _rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            out.mkdir(parents=True, exist_ok=True)
+            self.file = open(out / "log.jsonl", "ab")  # noqa: SIM115
+            self.file.truncate(min(state.log_bytes, self.file.tell()))
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=state.steps)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file:
+            self.file.close()
+            self.board.close()
+
+    def step(self, state: _State, loss: float, groups: list[dict[str, Any]], clips_per_second: float) -> None:
+        lr, head_lr = (group["lr"] for group in groups)
+        curves = {"train/loss": loss, "train/lr": lr, "train/head_lr": head_lr}
+        row = {"step": state.steps, "epoch": state.epoch + 1, "loss": loss, "lr": lr, "head_lr": head_lr}
+        self._write(state, row | {"clips_per_second": round(clips_per_second, 3)}, curves)
+
+    def epoch(self, state: _State, loss: float, result: Evaluation, clips_per_second: float) -> None:
+        row = {"epoch": state.epoch, "steps": state.steps, "train_loss": loss, "val_accuracy": result.accuracy}
+        row |= {"val_correct": result.correct, "val_total": result.total, "best_epoch": state.best_epoch}
+        row |= {"clips_per_second": round(clips_per_second, 3), "skipped": state.skipped}
+        self._write(state, row, {"val/accuracy": result.accuracy, "train/epoch_loss": loss})
+
+    def _write(self, state: _State, row: dict[str, Any], curves: dict[str, float]) -> None:
+        if self.file:
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
+            state.log_bytes = self.file.tell()
+            for name, value in curves.items():
+                self.board.add_scalar(name, value, state.steps)
+
+
+def _loader(dataset: Dataset, workers: int, device: torch.device, **options: Any) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=ave.collate,
+        pin_memory=device.type == "cuda",
+        # Without its own, each iterator would draw from the global generator, and a resumed epoch has one more.
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(device or "cpu")
+
+
+def _join(device: torch.device) -> tuple[int, int]:
+    """(rank, number of ranks). Under torchrun the group is made at the first call, for the life of the process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return _rank(), dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _gather(value: Any) -> list[Any]:
+    """The value of each rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def _display(progress: Progress | None, rank: int) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+    """A bar, and what prints a line beside it; both are silent but in rank 0."""
+    if progress is not None and rank == 0:
+        yield progress, lambda line: None
+        return
+    console = Console(quiet=rank > 0)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=rank > 0 or not console.is_terminal) as bar:
+        yield bar, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _track(batches: Sized, bar: Progress) -> Iterator[Any]:
+    task = bar.add_task("evaluate", total=len(batches))
+    for batch in batches:
+        yield batch
+        bar.advance(task)
+    bar.remove_task(task)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _seed(*key: int) -> None:
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

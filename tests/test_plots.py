@@ -1,0 +1,225 @@
+import io
+from html.parser import HTMLParser
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+
+from lavish_fast import media, plots
+from lavish_fast.config import AVE_CLASSES
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make_clip(segments, size=32):
+    generator = torch.Generator().manual_seed(segments)
+    audio = torch.randn(segments, 48, 40, generator=generator)
+    audio[:, 44:] = 0  # padding
+    video = torch.randn(segments, 3, size, size, generator=generator)
+    return media.Clip(audio, video, float(segments))
+
+
+def one_hot(track, count, p=0.9):
+    probabilities = torch.full((len(track), count), (1 - p) / (count - 1))
+    probabilities[torch.arange(len(track)), torch.tensor(track)] = p
+    return probabilities
+
+
+def rows_of(figure):
+    """The axes by the name that stands beside them."""
+    return {axes.get_ylabel().split("\n")[0]: axes for axes in figure.axes}
+
+
+def bars_of(axes):
+    return [(round(b.get_x(), 6), round(b.get_width(), 6), to_hex(b.get_facecolor())) for b in axes.patches]
+
+
+def texts_of(figure):
+    figure.draw_without_rendering()
+    return [text for text in figure.findobj(lambda a: hasattr(a, "get_text")) if text.get_visible() and text.get_text()]
+
+
+@pytest.mark.parametrize("segments", [1, 5, 10, 60])
+def test_everything_lies_within_the_picture(segments):
+    track = [28 if t % 5 < 2 else (t // 5) % 28 for t in range(segments)]
+    truth = torch.tensor(track[::-1])
+    figure = plots.timeline(make_clip(segments), one_hot(track, 29), AVE_CLASSES, title="x.mp4", truth=truth)
+    pixels = matplotlib.image.imread(io.BytesIO(plots.png(figure)))
+    assert pixels.shape[1] == figure.get_figwidth() * figure.dpi
+    width, height = figure.canvas.get_width_height()
+    for text in texts_of(figure):
+        box = text.get_window_extent()
+        assert box.x0 >= 0, text
+        assert box.y0 >= 0, text
+        assert box.x1 <= width, text
+        assert box.y1 <= height, text
+    rows = rows_of(figure)
+    assert list(rows) == ["frames", "sound", "probability", "predicted", "true"]
+    assert len(rows["frames"].images) == min(segments, 10)
+    # A name stands in its bar only where there is room for it.
+    for name in ("predicted", "true"):
+        for text in rows[name].texts:
+            middle = text.get_position()[0]
+            bar = next(b for b in rows[name].patches if b.get_x() < middle < b.get_x() + b.get_width())
+            inner, outer = text.get_window_extent(), bar.get_window_extent()
+            assert outer.x0 <= inner.x0 <= inner.x1 <= outer.x1
+
+
+def test_bars_are_the_runs_of_each_track():
+    classes = ("Bell", "Drum", "Rain", "background")
+    predicted, truth = [3, 1, 1, 0, 0], torch.tensor([3, 3, 1, 1, 1])
+    figure = plots.timeline(make_clip(5), one_hot(predicted, 4), classes, title="clip", truth=truth, seconds=2.0)
+    rows = rows_of(figure)
+    bars = {name: bars_of(rows[name]) for name in ("predicted", "true")}
+    assert [bar[:2] for bar in bars["predicted"]] == [(0, 2), (2, 4), (6, 4)]
+    assert [bar[:2] for bar in bars["true"]] == [(0, 4), (4, 6)]
+    grey, drum, bell = (colour for _, _, colour in bars["predicted"])
+    assert [colour for _, _, colour in bars["true"]] == [grey, drum]
+    assert len({grey, drum, bell}) == 3
+    assert [text.get_text() for text in rows["predicted"].texts] == ["background", "Drum", "Bell"]
+    # The line of a class has the colour of its bars, and its probabilities over the middle of each segment.
+    lines = {to_hex(line.get_color()): line for line in rows["probability"].lines}
+    np.testing.assert_allclose(lines[drum].get_xdata(), [1, 3, 5, 7, 9])
+    np.testing.assert_allclose(lines[drum].get_ydata(), one_hot(predicted, 4)[:, 1], rtol=1e-6)
+    assert rows["sound"].get_xlim() == (0, 10)
+
+
+def test_a_class_has_the_same_colour_in_every_picture():
+    colours = [plots._colours(shown) for shown in ([0, 1, 2], [2, 5], [1, 5])]
+    assert colours[0][2] == colours[1][2]
+    assert colours[1][5] == colours[2][5]
+    # Classes 0 and 12 would both take the first colour.
+    assert len(set(plots._colours([0, 1, 12]).values())) == 3
+    assert len(plots._colours(range(28))) == 28
+
+
+def test_the_thumbnails_are_the_frames():
+    video = torch.zeros(2, 3, 8, 8)
+    video[1] = 1.0
+    figure = plots.timeline(media.Clip(torch.randn(2, 9, 9), video, 2.0), one_hot([0, 1], 2), "ab", title="x")
+    first, second = (image.get_array() for image in rows_of(figure)["frames"].images)
+    np.testing.assert_array_equal(first, media.denormalise(video)[0].numpy())
+    np.testing.assert_array_equal(second, media.denormalise(video)[1].numpy())
+
+
+def test_the_spectrogram_is_without_padding_and_has_the_low_bands_below():
+    clip = make_clip(3)
+    figure = plots.timeline(clip, one_hot([0, 1, 1], 2), "ab", title="x")
+    image = rows_of(figure)["sound"].images[0]
+    np.testing.assert_array_equal(image.get_array(), clip.audio[:, :44].reshape(132, 40).T)
+    assert image.origin == "lower"
+
+
+def test_mel_bands_that_no_sound_reaches_take_their_neighbour():
+    clip = make_clip(2)
+    clip.audio[:, :44, 7] = -1.5
+    figure = plots.timeline(clip, one_hot([0, 1], 2), "ab", title="x")
+    image = rows_of(figure)["sound"].images[0].get_array()
+    assert any(np.array_equal(image[7], image[i]) for i in (6, 8))
+
+
+@pytest.mark.parametrize("level", [-1.5, 0.0])
+def test_silence_is_named(level):
+    clip = make_clip(2)._replace(audio=torch.full((2, 48, 40), level))
+    figure = plots.timeline(clip, one_hot([0, 1], 2), "ab", title="x")
+    assert [text.get_text() for text in rows_of(figure)["sound"].texts] == ["silence"]
+    assert plots.png(figure).startswith(PNG)
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_drawn_as_they_are():
+    title, classes = r"$\frac_x$ 日本.mp4", ("$x^$", "_hidden", "background")
+    truth = torch.tensor([1, 2])
+    figure = plots.timeline(make_clip(2), one_hot([0, 1], 3), classes, title=title, truth=truth)
+    assert plots.png(figure).startswith(PNG)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(classes)
+    assert title in [text.get_text() for text in figure.texts]
+    rows = {"$x^$": [{"epoch": 1, "train_loss": 0.1, "val_accuracy": 0.5}], "_hidden": []}
+    assert plots.png(plots.training_curves(rows)).startswith(PNG)
+
+
+def test_shapes_that_disagree_are_refused():
+    with pytest.raises(ValueError, match=r"probabilities: expected \(5, 2\), got \(4, 2\)"):
+        plots.timeline(make_clip(5), torch.rand(4, 2), "ab", title="x")
+    with pytest.raises(ValueError, match=r"truth: expected \(5,\), got \(4,\)"):
+        plots.timeline(make_clip(5), torch.rand(5, 2), "ab", title="x", truth=torch.zeros(4))
+
+
+def test_save_writes_a_png_and_nothing_else(tmp_path):
+    figure = plots.training_curves({})
+    plots.save(figure, tmp_path / "new" / "curves.png")
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(PNG)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["curves.png"]
+
+
+def test_curves_show_the_epochs_of_each_variant():
+    rows = [{"step": 1, "loss": 9.0}]
+    rows += [{"epoch": e, "train_loss": 1 / e, "val_accuracy": 0.2 * e} for e in (1, 2, 3)]
+    figure = plots.training_curves({"audio+video": rows, "video": rows[:2]})
+    loss, accuracy = figure.axes
+    assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2, 3], [1]]
+    assert list(loss.lines[0].get_ydata()) == [1, 1 / 2, 1 / 3]
+    assert list(accuracy.lines[0].get_ydata()) == [0.2, 0.4, 0.2 * 3]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["audio+video", "video"]
+
+
+class Page(HTMLParser):
+    """The page's tags with their attributes, and the text of each cell."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.cells, self.text = [("", {})], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.tags[-1][0] in ("td", "th"):
+            self.cells[-1] += data.strip()
+
+
+def test_report_is_one_file_with_everything_escaped(tmp_path):
+    figure, name = plots.training_curves({}), '<script>alert("x")</script>'
+    path = tmp_path / "report.html"
+    plots.report(
+        path,
+        title=name,
+        summary_rows=[
+            {"variant": name, "accuracy": "91.3 %", "clips/s": 12.3456, "n": 3},
+            {"variant": "video", "accuracy": None, "clips/s": 2.0, "chance": "43 %"},
+        ],
+        clips=[(name, figure, f'"{name}"'), ("plain", PNG, "")],
+        notes=[name],
+        curves=figure,
+    )
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(name) == 6  # title, heading, cell, note, clip, caption
+    assert page.cells == [
+        *("variant", "accuracy", "clips/s", "n", "chance"),
+        *(name, "91.3 %", "12.35", "3", ""),
+        *("video", "", "2", "", "43 %"),
+    ]
+    classes = [attributes.get("class") for tag, attributes in page.tags if tag == "th"]
+    assert classes == [None, "number", "number", "number", "number"]
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert all(image["src"].startswith("data:image/png;base64,iVBORw0KGgo") for image in images)
+    assert [image["alt"] for image in images[1:]] == [f'"{name}"', ""]
+    # Nothing is fetched from anywhere.
+    for _, attributes in page.tags:
+        assert not {"href", "srcset", "onload"} & set(attributes)
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_report_of_nothing(tmp_path):
+    plots.report(tmp_path / "report.html", title="empty", summary_rows=[], clips=[])
+    page = Page((tmp_path / "report.html").read_text())
+    assert not {"table", "img", "h2"} & {tag for tag, _ in page.tags}

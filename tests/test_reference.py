@@ -1,0 +1,122 @@
+"""The equations against their definitions, written out element by element."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lavish_fast import reference
+from parity import relative_error
+
+
+def draw(*shape, seed=0, scale=1.0, dtype=torch.float64):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 3), tokens=st.integers(1, 37), m=st.integers(1, 17), width=st.sampled_from([8, 24]))
+def test_gather_latents_is_the_equation(n, tokens, m, width):
+    latents, other = draw(m, width, seed=1), draw(n, tokens, width, seed=2)
+    got = reference.gather_latents(latents, other)
+    for i in range(n):
+        for j in range(m):
+            logits = torch.tensor([sum(latents[j] * other[i, t]) for t in range(tokens)], dtype=torch.float64)
+            weights = (logits - logits.max()).exp()
+            expected = latents[j] + sum(w * y for w, y in zip(weights / weights.sum(), other[i]))
+            torch.testing.assert_close(got[i, j], expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 3), tokens=st.integers(1, 19), m=st.integers(1, 17))
+def test_read_latents_is_the_equation(n, tokens, m):
+    x, summary, gate = draw(n, tokens, 8, seed=1), draw(n, m, 8, seed=2), torch.tensor([0.4], dtype=torch.float64)
+    got = reference.read_latents(x, summary, gate)
+    for i in range(n):
+        for t in range(tokens):
+            weights = torch.stack([(x[i, t] * s).sum() for s in summary[i]]).exp()
+            expected = x[i, t] + 0.4 * sum(w * s for w, s in zip(weights / weights.sum(), summary[i]))
+            torch.testing.assert_close(got[i, t], expected)
+
+
+def test_read_latents_with_a_closed_gate_is_the_identity():
+    x = draw(2, 5, 8)
+    assert torch.equal(reference.read_latents(x, draw(2, 3, 8, seed=1), torch.zeros(1, dtype=torch.float64)), x)
+
+
+def test_latents_permuted_give_the_same_stream():
+    latents, other, x = draw(6, 16), draw(2, 30, 16, seed=1), draw(2, 11, 16, seed=2)
+    gate, order = torch.tensor([0.7], dtype=torch.float64), torch.tensor([3, 1, 5, 0, 2, 4])
+    a = reference.read_latents(x, reference.gather_latents(latents, other), gate)
+    b = reference.read_latents(x, reference.gather_latents(latents[order], other), gate)
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_linear_is_a_grouped_convolution(groups):
+    x, weight = draw(3, 7, 16), draw(8, 16 // groups, seed=1)
+    expected = F.conv2d(x.mT[..., None], weight[:, :, None, None], groups=groups).squeeze(-1).mT
+    torch.testing.assert_close(reference.grouped_linear(x, weight), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_large_latent_logits_are_not_rounded(dtype, autocast):
+    # Latent logits reach hundreds, where bfloat16 is spaced 2 apart: rounding them would change weights by e^±1.
+    latents, other = torch.rand(2, 768, generator=torch.Generator().manual_seed(0)), draw(4, 100, 768, seed=1) + 0.3
+    latents, other = latents.to(dtype), other.to(dtype)
+    expected = reference.gather_latents(latents.double(), other.double())
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        inputs = (latents.float(), other.float()) if autocast else (latents, other)
+        got = reference.gather_latents(*inputs)
+    assert relative_error(got, expected) < (1e-5 if autocast else 0.005)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_window_attention_is_the_equation(masked):
+    heads, tokens = 2, 9
+    q, k, v = (draw(2, 4, heads, tokens, 8, seed=s) for s in range(3))
+    scale, bias = draw(heads, 1, 1, seed=4).exp() * 10, draw(heads, tokens, tokens, seed=5)
+    mask = torch.where(draw(4, tokens, tokens, seed=6) > 0, 0.0, -100.0).double() if masked else None
+    got = reference.window_attention(q, k, v, scale, bias, mask)
+    for window in range(4):
+        for head in range(heads):
+            for i in range(tokens):
+                row = q[1, window, head, i]
+                logits = []
+                for j in range(tokens):
+                    cosine = row @ k[1, window, head, j] / row.norm() / k[1, window, head, j].norm()
+                    shift = mask[window, i, j] if masked else 0.0
+                    logits.append(cosine * scale[head, 0, 0] + bias[head, i, j] + shift)
+                expected = torch.stack(logits).softmax(0) @ v[1, window, head]
+                torch.testing.assert_close(got[1, window, head, i], expected)
+
+
+def test_window_attention_survives_zero_vectors():
+    q = torch.zeros(1, 1, 1, 4, 8)
+    out = reference.window_attention(
+        q, q, torch.ones(1, 1, 1, 4, 8), torch.full((1, 1, 1), 100.0), q[0, 0, 0, :, :4], None
+    )
+    assert torch.equal(out, torch.ones_like(out))
+
+
+def test_attention_is_scaled_dot_product_attention():
+    q, k, v = (draw(2, 3, 11, 8, seed=s) for s in range(3))
+    torch.testing.assert_close(
+        reference.attention(q, k, v, 1 / math.sqrt(8)), F.scaled_dot_product_attention(q, k, v), atol=1e-12, rtol=1e-12
+    )
+
+
+def test_gradients():
+    def leaf(*shape, seed):
+        return draw(*shape, seed=seed).requires_grad_()
+
+    assert torch.autograd.gradcheck(reference.gather_latents, (leaf(2, 4, seed=0), leaf(2, 5, 4, seed=1)))
+    gate = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(reference.read_latents, (leaf(2, 3, 4, seed=0), leaf(2, 2, 4, seed=1), gate))
+    assert torch.autograd.gradcheck(reference.grouped_linear, (leaf(2, 3, 8, seed=0), leaf(4, 4, seed=1)))
+    q, k, v = (leaf(1, 2, 1, 4, 3, seed=s) for s in range(3))
+    scale, bias = torch.full((1, 1, 1), 5.0).double(), draw(1, 4, 4, seed=3)
+    assert torch.autograd.gradcheck(lambda *t: reference.window_attention(*t, scale, bias, None), (q, k, v))

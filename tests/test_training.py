@@ -1,0 +1,550 @@
+import json
+import os
+import pickle
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+
+from lavish_fast import Config, Model, checkpoint, training
+from lavish_fast.config import AdapterConfig, SwinV2Config, TrainConfig
+from lavish_fast.tasks import ave
+
+fit, evaluate = (partial(function, device="cpu") for function in (training.fit, training.evaluate))
+
+SECONDS = 3
+CLASSES = ("bell", "dog", "background")
+# With a step this small the parameters stand still and gradients of different runs can be compared.
+STILL = {"lr": 1e-12, "head_lr": 1e-12}
+
+
+def make_model(seed=0, batch_norm=True, drop_path=0.0, backbone_seed=0):
+    backbone = SwinV2Config(
+        img_size=32,
+        embed_dim=16,
+        depths=(1, 1),
+        num_heads=(1, 2),
+        window_size=4,
+        pretrained_window_sizes=(0, 0),
+        drop_path_rate=drop_path,
+    )
+    config = Config(
+        backbone=backbone,
+        adapter=AdapterConfig(reduction=4, groups=2, batch_norm=batch_norm),
+        classes=CLASSES,
+        frames=SECONDS,
+    )
+    model = Model(config)
+    for part, part_seed in ((model.backbone, backbone_seed), (model.adapters, seed), (model.head, seed + 1)):
+        generator = torch.Generator().manual_seed(part_seed)
+        part.load_state_dict({name: drawn(name, tensor, generator) for name, tensor in part.state_dict().items()})
+    return model
+
+
+def drawn(name, like, generator):
+    if not like.is_floating_point():
+        return like
+    value = 0.15 * torch.randn(like.shape, generator=generator)
+    if name.endswith("running_var") or ("norm" in name and name.endswith("weight")):
+        return value.abs() + 0.8
+    return value + 0.5 if name.endswith(("gate", "gate_av")) else value
+
+
+def make_clips(count, seed=0):
+    """Clips whose picture and sound both tell the class."""
+    generator = torch.Generator().manual_seed(seed)
+    clips = []
+    for index in range(count):
+        labels = torch.randint(len(CLASSES), (SECONDS,), generator=generator)
+        audio = torch.randn(SECONDS, 32, 32, generator=generator) * 0.3
+        video = torch.randn(SECONDS, 3, 32, 32, generator=generator) * 0.3
+        for second, label in enumerate(labels.tolist()):
+            video[second, label] += 1
+            audio[second, :, 10 * label : 10 * label + 10] += 1
+        clips.append({"audio": audio, "video": video, "labels": labels, "id": f"clip{seed}_{index}"})
+    return clips
+
+
+def settings(**changes):
+    return TrainConfig(**{"workers": 0, "epochs": 1, "lr": 1e-3, "head_lr": 1e-3} | changes)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.trainable_parameters()}
+
+
+def true_gradients(model, clips):
+    """Of the mean loss over all segments of the clips, which go through the model at once."""
+    batch = ave.collate(clips)
+    model.zero_grad()
+    model.train()
+    ave.loss(model(batch.audio, batch.video), batch.labels).backward()
+    return gradients(model)
+
+
+def relative_error(got, expected):
+    assert got.keys() == expected.keys()
+    difference = sum((got[name] - expected[name]).square().sum() for name in expected)
+    return float(difference / sum(tensor.square().sum() for tensor in expected.values())) ** 0.5
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [row.get("loss", row.get("train_loss")) for row in rows(out)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # The tensors are so small that threads only wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+BAD = ValueError("bad.mp4: no frames")
+
+
+@pytest.mark.parametrize(("clips", "batch_size", "accumulate"), [(4, 1, 4), (3, 1, 4), (3, 2, 2), (7, 2, 4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.filterwarnings("ignore:skipped bad.mp4")
+def test_accumulated_gradient_is_that_of_one_large_batch(tmp_path, clips, batch_size, accumulate, dtype, tolerance):
+    data = [clip | {name: clip[name].to(dtype) for name in ("audio", "video")} for clip in make_clips(clips)]
+    expected = true_gradients(make_model(batch_norm=False).to(dtype), data)
+    assert all(gradient.norm() > 0 for gradient in expected.values())
+    config = settings(batch_size=batch_size, accumulate=accumulate, **STILL)
+    for place, items in (("whole", data), ("with_unreadable", [*data[:2], BAD, *data[2:]])):
+        if len(items) <= batch_size * accumulate:
+            model = make_model(batch_norm=False).to(dtype)
+            fit(model, items, data[:1], config, tmp_path / place)
+            assert relative_error(gradients(model), expected) <= tolerance
+
+
+def test_each_epoch_sees_each_clip_once_in_an_order_of_its_own():
+    config = settings(batch_size=2, accumulate=2, seed=3)
+    orders = []
+    for epoch in (0, 1):
+        parts = []
+        for rank in (0, 1, 2):
+            steps = training._Steps(25, config, rank, 3)
+            steps.epoch = epoch
+            batches = list(steps)
+            assert len(batches) == len(steps) == steps.count * 2 == 6
+            assert all(len(batch) <= 2 for batch in batches)
+            steps.start = 2
+            assert list(steps) == batches[4:]
+            parts += [index for batch in batches for index in batch]
+        assert sorted(parts) == list(range(25))
+        orders.append(parts)
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("kill_at", [10, 11, 12])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, kill_at):
+    # 4 steps an epoch; checkpoints within an epoch after steps 5, 10, 15 and 20, and after each epoch.
+    train, val = make_clips(7), make_clips(3, seed=1)
+    config = settings(epochs=5, accumulate=2, batch_size=1, save_every=5, lr_step=2, patience=5)
+    model = make_model(drop_path=0.3)
+    whole = fit(model, train, val, config, tmp_path / "whole")
+    assert whole.steps == 20
+
+    class KilledError(Exception):
+        pass
+
+    with monkeypatch.context() as patch:
+        step = training._Run.step
+
+        def killed_step(run, batches):
+            if run.state.steps == kill_at:
+                raise KilledError
+            return step(run, batches)
+
+        patch.setattr(training._Run, "step", killed_step)
+        with pytest.raises(KilledError):
+            fit(make_model(drop_path=0.3), train, val, config, tmp_path / "parts")
+    for source in (random.seed, np.random.seed, torch.manual_seed):
+        source(123)
+    # Other adapters than those that were trained: everything must come from the checkpoint.
+    resumed = make_model(drop_path=0.3, seed=7)
+    again = fit(resumed, train, val, config, tmp_path / "parts", resume=True)
+
+    assert again == whole
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for name, tensor in model.trainable_state_dict().items():
+        assert torch.equal(resumed.trainable_state_dict()[name], tensor), name
+    for file in ("last/state.safetensors", "best/model.safetensors"):
+        a, b = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_workers_change_nothing_and_a_finished_run_can_be_prolonged(tmp_path):
+    train, val = make_clips(3), make_clips(2, seed=1)
+    a, b = make_model(), make_model()
+    fit(a, train, val, settings(epochs=3), tmp_path / "a")
+    fit(b, train, val, settings(epochs=2), tmp_path / "b")
+    done = fit(b, train, val, settings(epochs=3, workers=1, patience=9), tmp_path / "b", resume=True)
+    assert done.epochs == 3
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    for name, tensor in a.trainable_state_dict().items():
+        assert torch.equal(b.trainable_state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"config": {"lr": 0.5}}, r"config\.lr 0\.001, got 0\.5"),
+        ({"model": {"batch_norm": False}}, r"model\.adapter\.batch_norm True, got False"),
+        ({"model": {"backbone_seed": 5}}, r"model\.backbone_sha256"),
+        ({"clips": 4}, "train_clips 3, got 4"),
+    ],
+)
+def test_resuming_something_else_is_refused(tmp_path, changes, expected):
+    val = make_clips(1, seed=1)
+    fit(make_model(), make_clips(3), val, settings(), tmp_path)
+    model = make_model(**changes.get("model", {}))
+    with pytest.raises(ValueError, match=rf"state\.safetensors: expected {expected}"):
+        fit(
+            model,
+            make_clips(changes.get("clips", 3)),
+            val,
+            settings(**changes.get("config", {})),
+            tmp_path,
+            resume=True,
+        )
+
+
+def test_a_run_is_neither_overwritten_nor_made_up(tmp_path):
+    train = make_clips(2)
+    with pytest.raises(FileNotFoundError, match=r"expected the state of a run to resume, got none"):
+        fit(make_model(), train, train, settings(), tmp_path, resume=True)
+    fit(make_model(), train, train, settings(), tmp_path)
+    with pytest.raises(ValueError, match="expected a folder without a run"):
+        fit(make_model(), train, train, settings(), tmp_path)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PAYLOAD"],)
+
+
+@pytest.mark.parametrize("fault", ["pickle", "torch pickle", "truncated", "empty", "other tensors", "adam", "extra"])
+def test_faulty_state_is_refused_by_name(tmp_path, monkeypatch, fault):
+    monkeypatch.setenv("PAYLOAD", str(tmp_path / "executed"))
+    train = make_clips(2)
+    fit(make_model(), train, train, settings(), tmp_path)
+    path = tmp_path / "last" / "state.safetensors"
+    tensors, metadata = load_file(path), checkpoint.read_metadata(path)
+    if fault == "pickle":
+        path.write_bytes(pickle.dumps(Payload()))
+    elif fault == "torch pickle":
+        torch.save({"state": Payload()}, path)
+    elif fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif fault == "empty":
+        path.write_bytes(b"")
+    elif fault == "other tensors":
+        save_file(tensors, path)
+    elif fault == "adam":
+        save_file(tensors | {"adam.0.exp_avg": torch.zeros(3, 3, 3)}, path, metadata)
+    else:
+        save_file(tensors | {"model.unknown": torch.zeros(1)}, path, metadata)
+    model = make_model(seed=9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"state\.safetensors: expected"):
+        fit(model, train, train, settings(epochs=2), tmp_path, resume=True)
+    assert not (tmp_path / "executed").exists()
+    if fault != "adam":
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def make_run(path):
+    model = make_model()
+    steps = training._Steps(2, settings(), 0, 1)
+    run = training._Run(model, settings(), steps, path, torch.device("cpu"))
+    run.step([ave.collate(make_clips(2))])
+    return run
+
+
+def kill_while_saving(folder):
+    """Kills a process that saves without end, many times over; the state is whole each time."""
+    torch.set_num_threads(1)
+    path = Path(folder) / "last" / "state.safetensors"
+    run = make_run(path)
+    run.save()
+    last = run.state.steps
+    for attempt in range(12):
+        inode = path.stat().st_ino
+        child = os.fork()
+        if not child:
+            while True:
+                run.state.steps += 1
+                run.save()
+        while path.stat().st_ino == inode:
+            time.sleep(0.001)
+        time.sleep(0.002 * attempt)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        run.load()
+        assert run.state.steps > last
+        last = run.state.steps
+    assert len(list(path.parent.iterdir())) > 1, "no kill fell into a save"
+
+
+def test_sigkill_in_a_save_leaves_a_loadable_state(tmp_path):
+    assert run_python(f"test_training.kill_while_saving({str(tmp_path)!r})").wait() == 0
+
+
+@pytest.mark.parametrize("stage", ["os.fsync", "os.replace", "safetensors.torch.save_file"])
+def test_failure_at_any_stage_of_a_save_leaves_the_previous_state(tmp_path, monkeypatch, stage):
+    run = make_run(tmp_path / "last" / "state.safetensors")
+    run.save()
+    before = run.path.read_bytes()
+    run.step([ave.collate(make_clips(2))])
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stage, fail)
+    with pytest.raises(OSError, match="No space"):
+        run.save()
+    assert run.path.read_bytes() == before
+
+
+def run_python(code, **env):
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | env
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", f"import test_training; {code}"], env=env)
+
+
+def ddp_settings(processes, **changes):
+    return settings(batch_size=2 // processes, accumulate=2, **changes)
+
+
+def ddp_data(clips):
+    return make_clips(clips), [*make_clips(4, seed=1), BAD]
+
+
+# Steps of 4 clips: with 5 the second rank has none in the last step, with 7 it has one of 3.
+DDP_RUNS = {"single": (5, False, STILL), "uneven": (7, False, STILL), "batch_norm": (7, True, {})}
+
+
+def ddp_worker(folder):
+    torch.set_num_threads(1)
+    rank, results = int(os.environ["RANK"]), {}
+    for name, (clips, batch_norm, options) in DDP_RUNS.items():
+        # Rank 0's weights must reach the other rank.
+        model = make_model(seed=rank, backbone_seed=rank, batch_norm=batch_norm)
+        done = fit(model, *ddp_data(clips), ddp_settings(2, **options), Path(folder) / name)
+        results[name] = {
+            "weights": {key: tensor for key, tensor in model.state_dict().items() if "num_batches" not in key},
+            "gradients": gradients(model),
+            "accuracy": torch.tensor(done.best_accuracy, dtype=torch.float64),
+        }
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+
+
+@pytest.mark.filterwarnings("ignore:skipped bad.mp4")
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    call = f"test_training.ddp_worker({str(tmp_path)!r})"
+    processes = [run_python(call, **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name, (clips, batch_norm, options) in DDP_RUNS.items():
+        a, b = (rank[name] for rank in ranks)
+        assert a["accuracy"] == b["accuracy"]
+        for part in ("weights", "gradients"):
+            assert all(torch.equal(tensor, b[part][key]) for key, tensor in a[part].items())
+        log = rows(tmp_path / name)
+        assert log[-1]["val_total"] == 4 * SECONDS
+        assert log[-1]["skipped"] == [str(BAD)]
+        if batch_norm:
+            fresh = make_model().state_dict()
+            assert not any(torch.equal(t, fresh[key]) for key, t in a["weights"].items() if "running" in key)
+            continue
+        model = make_model(batch_norm=False)
+        alone = fit(model, *ddp_data(clips), ddp_settings(1, **options), tmp_path / f"{name} alone")
+        assert relative_error(a["gradients"], gradients(model)) <= 1e-6
+        assert a["accuracy"] == alone.best_accuracy
+        expected = rows(tmp_path / f"{name} alone")
+        for got, row in zip(log, expected, strict=True):
+            del got["clips_per_second"], row["clips_per_second"]
+            assert got == pytest.approx(row, rel=1e-6) if "loss" in row else got.keys() == row.keys()
+        assert log[-1]["train_loss"] == pytest.approx(expected[-1]["train_loss"], rel=1e-6)
+
+
+def test_unreadable_clips_are_reported_and_skipped(tmp_path):
+    train, val = make_clips(4), make_clips(2, seed=1)
+    other = ValueError("other.mp4: truncated")
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        done = fit(make_model(), [*train, BAD], [*val, other], settings(epochs=2), tmp_path)
+    lines = [str(w.message) for w in caught if "skipped" in str(w.message)]
+    assert sorted(lines) == [f"skipped {BAD}", f"skipped {other}"]
+    assert done.skipped == (str(BAD), str(other))
+    assert [row["val_total"] for row in rows(tmp_path) if "val_total" in row] == [2 * SECONDS] * 2
+    assert rows(tmp_path)[-1]["skipped"] == list(done.skipped)
+    assert done.steps == 6
+
+    result = evaluate(make_model(), [BAD, *val], batch_size=1)
+    assert (result.total, result.skipped) == (2 * SECONDS, (str(BAD),))
+    for data in ([BAD], []):
+        with pytest.raises(ValueError, match="evaluation: expected a clip that can be read"):
+            evaluate(make_model(), data)
+    with pytest.raises(ValueError, match="training: expected a clip that can be read, got none of 1"), pytest.warns():
+        fit(make_model(), [BAD], val, settings(), tmp_path / "none")
+    with pytest.raises(ValueError, match="train set: expected clips"):
+        fit(make_model(), [], val, settings(), tmp_path / "none")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_probabilities_name_the_clips_and_take_no_step(tmp_path, value):
+    data = make_clips(3)
+    data[1]["video"] = torch.full_like(data[1]["video"], value)
+    model = make_model(batch_norm=False)
+    before = {name: p.detach().clone() for name, p in model.trainable_parameters()}
+    with pytest.raises(FloatingPointError, match=r"^clip0_1: expected finite probabilities"):
+        fit(model, data, data[:1], settings(batch_size=3), tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.trainable_parameters())
+    with pytest.raises(FloatingPointError, match="clip0_1"):
+        evaluate(model, data)
+
+
+def test_it_learns_selects_the_best_epoch_and_writes_the_logs(tmp_path, capsys):
+    data = make_clips(6)
+    model = make_model()
+    before = evaluate(model, data)
+    backbone = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    config = settings(epochs=15, lr_step=10, lr_gamma=0.5, patience=15)
+    done = fit(model, data, data, config, tmp_path)
+
+    log = rows(tmp_path)
+    steps, epochs = [r for r in log if "step" in r], [r for r in log if "val_accuracy" in r]
+    assert (len(steps), len(epochs)) == (done.steps, done.epochs) == (45, 15)
+    assert epochs[-1]["train_loss"] < 0.5 * epochs[0]["train_loss"]
+    assert done.best_accuracy >= max(0.9, before.accuracy + 0.2)
+    assert done.best_accuracy == max(r["val_accuracy"] for r in epochs)
+    assert done.best_epoch == 1 + [r["val_accuracy"] for r in epochs].index(done.best_accuracy)
+    assert [r["lr"] for r in steps[::3]] == [1e-3] * 10 + [5e-4] * 5
+    assert all(torch.equal(tensor, backbone[name]) for name, tensor in model.backbone.state_dict().items())
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+    best = Model.from_pretrained(tmp_path / "best", backbone=backbone)
+    assert evaluate(best, data).accuracy == done.best_accuracy
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 15
+    assert lines[0].startswith("epoch 1/15  loss ")
+    assert "clips/s" in lines[0]
+
+
+def test_training_stops_without_improvement(tmp_path):
+    data = make_clips(2)
+    done = fit(make_model(), data, data, settings(epochs=20, patience=3, **STILL), tmp_path)
+    assert (done.epochs, done.best_epoch) == (4, 1)
+
+
+def test_bfloat16(tmp_path):
+    data, curves = make_clips(4), []
+    for amp in (None, "bf16"):
+        model = make_model()
+        fit(model, data, data, settings(epochs=4, amp=amp), tmp_path / str(amp))
+        curves.append([row["train_loss"] for row in rows(tmp_path / str(amp)) if "train_loss" in row])
+    assert curves[1] == pytest.approx(curves[0], rel=0.1)
+    assert curves[1] != curves[0]
+    assert curves[1][-1] < 0.5 * curves[1][0]
+    assert all(p.dtype == torch.float32 for _, p in model.trainable_parameters())
+    exact, rounded = evaluate(model, data), evaluate(model, data, amp="bf16")
+    pairs = [(exact.predictions[name], rounded.predictions[name]) for name in exact.predictions]
+    assert all(torch.allclose(a, b, atol=0.05) and not torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_used_where_there_is_one(tmp_path):
+    data, models = make_clips(4), [make_model(), make_model()]
+    fit(models[0], data, data, settings(epochs=2), tmp_path / "cpu")
+    for epochs, resume in ((1, False), (2, True)):
+        training.fit(models[1], data, data, settings(epochs=epochs), tmp_path / "gpu", resume=resume)
+    assert next(models[1].parameters()).is_cuda
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=0.02)
+    assert all(p.device.type == "cpu" for p in training.evaluate(models[1], data).predictions.values())
+    data[0]["video"] = data[0]["video"] * float("nan")
+    with pytest.raises(FloatingPointError, match="clip0_0"):
+        training.evaluate(models[1], data)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size():
+    data, model = make_clips(7), make_model().train()
+    results = [evaluate(model, data, batch_size=size) for size in (1, 2, 3, 7)]
+    assert model.training
+    assert len({(r.correct, r.total, r.accuracy) for r in results}) == 1
+    assert results[0].total == 7 * SECONDS
+    labels = {clip["id"]: clip["labels"] for clip in data}
+    for result in results:
+        assert result.predictions.keys() == labels.keys()
+        assert result.correct == sum(int((p.argmax(-1) == labels[i]).sum()) for i, p in result.predictions.items())
+        for name, p in result.predictions.items():
+            torch.testing.assert_close(p, results[0].predictions[name])
+    assert evaluate(model, data, rule="cmbs").total == 7 * SECONDS
+    with pytest.raises(ValueError, match="rule: expected one of argmax, cmbs, got 'mean'"):
+        evaluate(model, data, rule="mean")
+
+
+def test_a_bar_of_the_callers_is_used(tmp_path, capsys):
+    seen = []
+
+    class Watched(Progress):
+        def update(self, task_id, **fields):
+            seen.append(fields.get("description"))
+            super().update(task_id, **fields)
+
+    data = make_clips(2)
+    with Watched(disable=True) as bar:
+        fit(make_model(), data, data, settings(epochs=2), tmp_path, progress=bar)
+        assert not bar.tasks
+    assert [text[:9] for text in seen if text] == ["epoch 1/2", "epoch 2/2"]
+    assert "best val" in seen[-1]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("epochs", 1.5),
+        ("lr", 0.0),
+        ("head_lr", float("nan")),
+        ("lr_gamma", -1),
+        ("accumulate", True),
+        ("patience", 0),
+        ("amp", "fp16"),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("workers", None),
+        ("save_every", 0),
+    ],
+)
+def test_bad_settings_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got"):
+        replace(TrainConfig(), **{name: value})
