@@ -23,7 +23,7 @@ setup(
         "av",
         "h5py",
         "numpy",
-        "typer",
+        "typer>=0.19",
         "rich",
         "matplotlib",
         "tensorboard",

@@ -1,7 +1,15 @@
 """LAVISH: a frozen vision transformer that reads video and sound through latent-token adapters."""
 
 from lavish_fast.config import Config
-from lavish_fast.model import Model
 
 __all__ = ["Config", "Model"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # torch takes seconds to import: only who asks for the model waits for it.
+    if name == "Model":
+        from lavish_fast.model import Model
+
+        return Model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -354,7 +354,7 @@ def train(
             save_every=save_every,
         )
     chosen = _model_config(preset, config)
-    chosen = dataclasses.replace(chosen, classes=_classes(data), modality=modality or chosen.modality)
+    chosen = dataclasses.replace(chosen, classes=ave.classes_of(data), modality=modality or chosen.modality)
     if backbone is not None:
         # The checkpoint names it, and is loaded from other folders than this one.
         backbone = os.path.abspath(backbone) if os.path.isfile(backbone) else backbone
@@ -383,12 +383,6 @@ def _model_config(preset: str | None, path: Path | None) -> Config:
             return Config.from_dict(checkpoint.read_config(path))
     with _bad_usage(ValueError):
         return Config.from_preset(preset or _PRESET)
-
-
-def _classes(data: Path) -> tuple[str, ...]:
-    from lavish_fast.tasks import ave
-
-    return ave.class_names(ave.read_annotations(ave._annotations_path(data)))
 
 
 @app.command()
@@ -465,7 +459,7 @@ def prepare(
 
     config = Config.from_preset(_PRESET)
     with suppress(OSError, ValueError):  # the report says it
-        config = dataclasses.replace(config, classes=_classes(data))
+        config = dataclasses.replace(config, classes=ave.classes_of(data))
     report = ave.verify(data, config, decode=decode)
     console = _console()
     if report.splits:

@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from lavish_fast import media, plots, synthetic, training
+from lavish_fast import checkpoint, media, plots, synthetic, training
 from lavish_fast.config import MODALITIES, AdapterConfig, Config, SpectrogramConfig, SwinV2Config, TrainConfig
 from lavish_fast.model import Model
 from lavish_fast.tasks import ave
@@ -30,7 +31,7 @@ CONFIG = Config(
         embed_dim=48,
         depths=(1, 2, 1),
         num_heads=(3, 6, 12),
-        window_size=4,
+        window_size=8,
         pretrained_window_sizes=(0, 0, 0),
     ),
     adapter=AdapterConfig(latents=2, reduction=4, groups=2),
@@ -45,7 +46,8 @@ PICTURES = 8
 def run(out: Path, *, seed: int, console: Console) -> None:
     """Writes clips, trains the three variants, evaluates them on unseen clips, and writes out/report.html.
 
-    out/data is the data set, out/runs/VARIANT a run each, whose best/ is a checkpoint for `lavish-fast localize`.
+    out/data is the data set, out/runs/VARIANT a run each, whose best/ is a checkpoint for `lavish-fast localize`;
+    out/summary.json has the table's numbers.
 
     Raises: ValueError where `out` holds something else than an earlier demo.
     """
@@ -61,8 +63,7 @@ def run(out: Path, *, seed: int, console: Console) -> None:
         task = progress.add_task("writing clips", total=total)
         written = lambda done, _: progress.update(task, completed=done)  # noqa: E731
         synthetic.write_dataset(data, **CLIPS, seed=seed, progress=written)
-        classes = ave.class_names(ave.read_annotations(data / "Annotations.txt"))
-        config = dataclasses.replace(CONFIG, classes=classes)
+        config = dataclasses.replace(CONFIG, classes=ave.classes_of(data))
         sets = {split: ave.AVEDataset(data, split, config, cache=True) for split in CLIPS}
         task = progress.add_task("reading clips", total=total)
         for split in sets.values():
@@ -82,13 +83,15 @@ def run(out: Path, *, seed: int, console: Console) -> None:
             models[modality] = Model.from_pretrained(runs / modality / "best")
             results[modality] = training.evaluate(models[modality], sets["test"], batch_size=4, progress=progress)
 
-    rows = _summary(data, models, results)
+    seconds = time.perf_counter() - started
+    summary = _summary(data, models, results) | {"seconds": round(seconds, 1), "seed": seed}
+    checkpoint.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    rows = _rows(summary)
     best = results["audio+video"]
     names = list(best.predictions)
     _print_summary(console, rows)
     _print_clip(console, config, sets["test"], names[0], best.predictions[names[0]])
     pictures = [_picture(config, sets["test"], name, best.predictions[name]) for name in names[:PICTURES]]
-    seconds = time.perf_counter() - started
     plots.report(
         out / "report.html",
         title="LAVISH learns to see and hear",
@@ -110,18 +113,32 @@ def run(out: Path, *, seed: int, console: Console) -> None:
     )
 
 
-def _summary(data: Path, models: dict[str, Model], results: dict[str, training.Evaluation]) -> list[dict[str, str]]:
+def _summary(data: Path, models: dict[str, Model], results: dict[str, training.Evaluation]) -> dict[str, Any]:
+    """By variant: accuracies from 0 to 1, the number of trainable parameters, clips a second in evaluation."""
     oracle = synthetic.oracle_accuracies(data, "test")
+    return {
+        modality: {
+            "accuracy": result.accuracy,
+            "perfect_senses": oracle[modality],
+            "chance": oracle["chance"],
+            "trainable_parameters": sum(p.numel() for _, p in models[modality].trainable_parameters()),
+            "clips_per_second": result.clips_per_second,
+        }
+        for modality, result in results.items()
+    }
+
+
+def _rows(summary: dict[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "variant": modality,
-            "segment accuracy": f"{result.accuracy:.1%}",
-            "perfect senses": f"{oracle[modality]:.1%}",
-            "chance": f"{oracle['chance']:.1%}",
-            "trainable parameters": f"{sum(p.numel() for _, p in models[modality].trainable_parameters()):,}",
-            "clips/s": f"{result.clips_per_second:.1f}",
+            "segment accuracy": f"{summary[modality]['accuracy']:.1%}",
+            "perfect senses": f"{summary[modality]['perfect_senses']:.1%}",
+            "chance": f"{summary[modality]['chance']:.1%}",
+            "trainable parameters": f"{summary[modality]['trainable_parameters']:,}",
+            "clips/s": f"{summary[modality]['clips_per_second']:.1f}",
         }
-        for modality, result in results.items()
+        for modality in MODALITIES
     ]
 
 
@@ -144,7 +161,7 @@ def _print_clip(console: Console, config: Config, clips: ave.AVEDataset, name: s
     console.print(table)
 
 
-def _picture(config: Config, clips: ave.AVEDataset, name: str, probabilities: Tensor):
+def _picture(config: Config, clips: ave.AVEDataset, name: str, probabilities: Tensor) -> tuple[str, Any, str]:
     item = next(item for item in clips if item["id"] == name)
     clip = media.Clip(item["audio"], item["video"], float(len(probabilities)), ())
     figure = plots.timeline(clip, probabilities, config.classes, title=name, truth=item["labels"])

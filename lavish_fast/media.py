@@ -150,7 +150,7 @@ def load_frames_and_wav(
     chosen = np.linspace(1, len(images), count, dtype=int)
     for i in chosen:
         if i not in resized:
-            resized[i] = _resized(_read_image(images[i - 1]), img_size, antialias)
+            resized[i] = resize(_read_image(images[i - 1]), img_size, antialias)
     video = torch.stack([resized[i] for i in chosen])
     audio = spectrograms(waveform, count, spectrogram)
     return Clip(audio, video, duration, _warnings(wav_path, warnings, damage))
@@ -202,6 +202,17 @@ def denormalise(video: Tensor) -> Tensor:
     """Frames as pictures: (T, 3, H, W) normalised by ImageNet's mean and std -> (T, H, W, 3) uint8."""
     mean, std = (torch.tensor(v, device=video.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((video.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
+
+
+def resize(image: np.ndarray, size: int, antialias: bool = False) -> Tensor:
+    """A picture as the model reads it: (H, W, 3) uint8 -> (3, size, size) float32, bicubic, normalised.
+
+    Not clamped in between: torchvision does not, for floats.
+    """
+    x = torch.tensor(image).permute(2, 0, 1)[None] / 255
+    x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=antialias)[0]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return x.sub_(mean).div_(std)
 
 
 # Workers
@@ -820,7 +831,7 @@ def _sampled_video(path: str, source: _Source, count: int, size: int, antialias:
         for key, _, frame in _keyed_frames(path, numbered, damage):
             if key in missing:
                 damage["video"] += frame.is_corrupt
-                got[key] = _resized(_upright(path, frame), size, antialias)
+                got[key] = resize(_upright(path, frame), size, antialias)
                 missing.remove(key)
                 if not missing:
                     break
@@ -863,11 +874,3 @@ def _upright(path: str, frame: av.VideoFrame) -> np.ndarray:
     if abs(a) + abs(d) < abs(b) + abs(c):
         image, a, d = image.transpose(1, 0, 2), c, b
     return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
-
-
-def _resized(image: np.ndarray, size: int, antialias: bool) -> Tensor:
-    """(H, W, 3) uint8 -> (3, size, size) float32, normalised. Not clamped: torchvision does not, for floats."""
-    x = torch.tensor(image).permute(2, 0, 1)[None] / 255
-    x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=antialias)[0]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return x.sub_(mean).div_(std)

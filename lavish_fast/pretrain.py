@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lavish_fast import checkpoint, synthetic
 from lavish_fast.backbones.swin_v2 import SwinV2
 from lavish_fast.config import Config
-from lavish_fast.media import IMAGENET_MEAN, IMAGENET_STD
+from lavish_fast.media import resize
 
 TEXTURES = 12  # 0-7 stripes of four directions in two widths, 8 rings, 9 rays, 10 checks, 11 dots
 SHAPES = len(synthetic.SHAPES) + 1  # the last: no shape
@@ -54,20 +54,23 @@ def texture(rng: np.random.Generator, kind: int, size: int) -> np.ndarray:
 
 
 def batch(seed: int, step: int, count: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (count, 3, size, size), normalised, with their shapes and textures (count,)."""
+    """Pictures (count, 3, size, size), normalised, with their shapes and textures (count,).
+
+    They are drawn at the size of the demo's videos and made smaller in the same way as those.
+    """
     rng = np.random.default_rng((seed, step))
     pictures, shapes, textures = [], [], []
     for _ in range(count):
-        if rng.random() < 0.6:
+        if rng.random() < 0.75:
             shapes.append(int(rng.integers(SHAPES)))
             textures.append(TEXTURES)
-            pictures.append(synthetic.random_image(rng, None if shapes[-1] == SHAPES - 1 else shapes[-1], size))
+            pictures.append(synthetic.random_image(rng, None if shapes[-1] == SHAPES - 1 else shapes[-1]))
         else:
             shapes.append(SHAPES - 1)
             textures.append(int(rng.integers(TEXTURES)))
-            pictures.append(texture(rng, textures[-1], size))
-    images = (np.stack(pictures) / 255 - IMAGENET_MEAN) / IMAGENET_STD
-    return torch.from_numpy(images).movedim(-1, 1).float(), torch.tensor(shapes), torch.tensor(textures)
+            pictures.append(texture(rng, textures[-1], synthetic.SIZE))
+    images = torch.stack([resize(picture, size) for picture in pictures])
+    return images, torch.tensor(shapes), torch.tensor(textures)
 
 
 def _batch(arguments: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,20 +82,19 @@ def pretrain(config: Config, *, steps: int, batch_size: int = 64, seed: int = 0)
     """The trained backbone, and the share of new pictures whose shape and texture it names right."""
     torch.manual_seed(seed)
     backbone = SwinV2(config.backbone)
-    # The position bias and the logit scale are constants of our frozen backbone: they stay as drawn.
-    weights = [p for name, p in backbone.named_parameters() if "cpb_mlp" not in name and "logit_scale" not in name]
+    for block in backbone.blocks:
+        # Swin-V2 is trained from blocks that are the identity (its section 3.2).
+        nn.init.zeros_(block.norm1.weight)
+        nn.init.zeros_(block.norm2.weight)
     heads = nn.ModuleList([nn.Linear(config.width, SHAPES), nn.Linear(config.width, TEXTURES + 1)])
-    optimiser = torch.optim.AdamW([*weights, *heads.parameters()], lr=2e-3, weight_decay=0.02)
+    optimiser = torch.optim.AdamW([*backbone.parameters(), *heads.parameters()], lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
     size = config.backbone.img_size
 
     def predict(images: Tensor) -> list[Tensor]:
-        x = backbone.embed(images)
-        for i, block in enumerate(backbone.blocks):
-            x = backbone.enter(i, x)
-            x = x + block.attention_branch(x)
-            x = x + block.mlp_branch(x)
-        features = backbone.pool(x)
+        for block in backbone.blocks:  # constants of a frozen backbone, but not here
+            block.attn.scale, block.attn.bias = block.attn.position()
+        features = backbone(images)
         return [head(features) for head in heads]
 
     with get_context("spawn").Pool(1) as pool:

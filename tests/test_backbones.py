@@ -19,15 +19,6 @@ SWIN = [
 ]  # fmt: skip
 
 
-def run(backbone, images):
-    x = backbone.embed(images)
-    for i, block in enumerate(backbone.blocks):
-        x = backbone.enter(i, x)
-        x = x + block.attention_branch(x)
-        x = x + block.mlp_branch(x)
-    return backbone.pool(x)
-
-
 @pytest.mark.parametrize("arguments", SWIN)
 def test_swin_v2_is_timms(arguments):
     torch.manual_seed(0)
@@ -37,8 +28,8 @@ def test_swin_v2_is_timms(arguments):
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, arguments["img_size"], arguments["img_size"])
     with torch.no_grad():
-        assert relative_error(run(ours, images), theirs(images)) < 2e-6
-        assert relative_error(run(ours.double(), images.double()), theirs(images)) < 2e-6
+        assert relative_error(ours(images), theirs(images)) < 2e-6
+        assert relative_error(ours.double()(images.double()), theirs(images)) < 2e-6
 
 
 def test_vit_is_timms():
@@ -49,7 +40,7 @@ def test_vit_is_timms():
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
-        assert relative_error(run(ours, images), theirs(images)) < 2e-6
+        assert relative_error(ours(images), theirs(images)) < 2e-6
 
 
 @pytest.mark.parametrize("name", Config.presets())

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -460,6 +461,14 @@ def test_the_installed_command_runs():
     command = Path(sys.executable).with_name("lavish-fast")
     result = subprocess.run([command, "--version"], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, f"lavish_fast {lavish_fast.__version__}\n", "")
+
+
+def test_importing_the_package_leaves_torch_to_who_asks_for_the_model():
+    code = "import sys, lavish_fast; assert 'torch' not in sys.modules; from lavish_fast import Model; Model.forward"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code.partition(" from ")[0]], check=True)
+    assert time.perf_counter() - start < 3
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_import_is_light():

@@ -535,7 +535,7 @@ def test_resize(tmp_path, antialias):
 
 def test_denormalise_is_the_inverse():
     noise = picture(size=(16, 16))
-    torch.testing.assert_close(denormalise(media._resized(noise, 16, False)[None])[0], torch.from_numpy(noise))
+    torch.testing.assert_close(denormalise(media.resize(noise, 16, False)[None])[0], torch.from_numpy(noise))
 
 
 # The extracted layout

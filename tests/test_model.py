@@ -206,6 +206,26 @@ def test_training_touches_adapters_and_head_alone():
     assert changed == {name for name in before if not name.startswith("backbone.")}
 
 
+def test_gradients_survive_autocast_and_a_grad_scaler():
+    model, (audio, video) = randomise(Model(tiny_config())).eval(), tiny_inputs()
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def gradients(dtype=torch.float32, scale=None):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        optimiser = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
+        optimiser.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = F.nll_loss(model(audio, video).log(), labels)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimiser)
+        return torch.cat([p.grad.flatten().clone() for _, p in model.trainable_parameters()])
+
+    plain = gradients()
+    assert relative_error(gradients(scale=2.0**12), plain) < 1e-5
+    assert relative_error(gradients(torch.bfloat16), plain) < 0.05
+    assert relative_error(gradients(torch.float16, scale=2.0**12), plain) < 0.01
+
+
 def test_drop_path_is_off_unless_asked_for():
     inputs = tiny_inputs()
     config = tiny_config(adapter=AdapterConfig(reduction=4, batch_norm=False))

@@ -11,7 +11,20 @@ from torch import Tensor, nn
 from lavish_fast.config import SwinV2Config, ViTConfig
 
 
-def build(config: SwinV2Config | ViTConfig) -> nn.Module:
+class Backbone(nn.Module):
+    """What the backbones share: the frozen network by itself, as timm runs it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> features (n, C), without any adapter."""
+        x = self.embed(images)
+        for i, block in enumerate(self.blocks):
+            x = self.enter(i, x)
+            x = x + block.attention_branch(x)
+            x = x + block.mlp_branch(x)
+        return self.pool(x)
+
+
+def build(config: SwinV2Config | ViTConfig) -> Backbone:
     """The backbone of a configuration, randomly initialised and frozen."""
     if config.kind == "vit":
         from lavish_fast.backbones.vit import ViT as backbone

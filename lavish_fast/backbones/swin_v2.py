@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavish_fast import ops
-from lavish_fast.backbones import DropPath, drop_path_rates
+from lavish_fast.backbones import Backbone, DropPath, drop_path_rates
 from lavish_fast.config import SwinV2Config
 
 
@@ -35,13 +35,11 @@ class WindowAttention(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, _: module.make_constants())
         self.make_constants()
 
-    @torch.no_grad()
-    def make_constants(self) -> None:
-        """Computes scale (heads, 1, 1), bias (heads, N, N) and mask (windows, N, N) from the weights, in >= float32."""
+    def position(self) -> tuple[Tensor, Tensor]:
+        """The logit scale (heads, 1, 1) and the position bias (heads, N, N) of the weights, in at least float32."""
         dtype = torch.promote_types(self.logit_scale.dtype, torch.float32)
         device, window = self.logit_scale.device, self.window
-        self.scale = self.logit_scale.to(dtype).clamp(max=math.log(100)).exp()
-
+        scale = self.logit_scale.to(dtype).clamp(max=math.log(100)).exp()
         offsets = torch.arange(1 - window, window, device=device, dtype=torch.float32)
         table = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), -1)
         # Log-spaced, in float32 and in timm's order of operations: the weights were trained on these very numbers.
@@ -52,14 +50,18 @@ class WindowAttention(nn.Module):
         row = torch.arange(window * window, device=device) // window
         column = torch.arange(window * window, device=device) % window
         difference = (row[:, None] - row + window - 1, column[:, None] - column + window - 1)
-        self.bias = bias[difference].permute(2, 0, 1).contiguous()
+        return scale, bias[difference].permute(2, 0, 1).contiguous()
 
+    @torch.no_grad()
+    def make_constants(self) -> None:
+        """Makes scale, bias and the shift's mask (windows, N, N) anew."""
+        self.scale, self.bias = self.position()
         self.mask = None
         if self.shift:
-            edges = torch.arange(self.size, device=device)
-            region = (edges >= self.size - window).long() + (edges >= self.size - self.shift).long()
+            edges = torch.arange(self.size, device=self.bias.device)
+            region = (edges >= self.size - self.window).long() + (edges >= self.size - self.shift).long()
             region = self.windows((3 * region[:, None] + region).view(1, -1, 1))[0, :, :, 0]  # (windows, N)
-            self.mask = torch.where(region[:, :, None] == region[:, None], 0.0, -100.0).to(dtype)
+            self.mask = torch.where(region[:, :, None] == region[:, None], 0.0, -100.0).to(self.bias.dtype)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -152,7 +154,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
 
-class SwinV2(nn.Module):
+class SwinV2(Backbone):
     """The frozen Swin-V2: (n, 3, S, S) images, S = `config.img_size`, to features (n, C)."""
 
     def __init__(self, config: SwinV2Config) -> None:

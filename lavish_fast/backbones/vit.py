@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavish_fast import ops
-from lavish_fast.backbones import DropPath, drop_path_rates
+from lavish_fast.backbones import Backbone, DropPath, drop_path_rates
 from lavish_fast.backbones.swin_v2 import Mlp
 from lavish_fast.config import ViTConfig
 
@@ -53,7 +53,7 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).mT
 
 
-class ViT(nn.Module):
+class ViT(Backbone):
     """The frozen ViT: (n, 3, H, W) images of any size to features (n, C), those of the cls token."""
 
     def __init__(self, config: ViTConfig) -> None:

@@ -146,6 +146,11 @@ def class_names(annotations: Iterable[Annotation]) -> tuple[str, ...]:
     return (*dict.fromkeys(row.category for row in annotations), BACKGROUND)
 
 
+def classes_of(root: str | os.PathLike) -> tuple[str, ...]:
+    """The classes of the data set in a folder. Raises: FileNotFoundError or ValueError, as `read_annotations`."""
+    return class_names(read_annotations(_annotations_path(Path(root))))
+
+
 def segment_labels(annotation: Annotation, classes: Sequence[str], seconds: int) -> Tensor:
     """(T,) class indices, int64: the category in [start, end), background (the last class) elsewhere."""
     labels = torch.full((seconds,), len(classes) - 1)
