@@ -38,8 +38,8 @@ CONFIG = Config(
     spectrogram=SpectrogramConfig(mel_bins=64, frames=64, frame_shift_ms=15.6),
     backbone_weights="package:tiny_swin_v2",
 )
-TRAIN = TrainConfig(batch_size=4, epochs=8, lr=3e-3, head_lr=1e-3, lr_step=3, lr_gamma=0.3, patience=8, workers=0)
-CLIPS = {"train": 128, "val": 32, "test": 40}
+TRAIN = TrainConfig(batch_size=4, epochs=5, lr=3e-3, head_lr=2e-3, lr_step=2, lr_gamma=0.25, workers=0)
+CLIPS = {"train": 256, "val": 32, "test": 48}
 PICTURES = 8
 
 

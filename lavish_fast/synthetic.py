@@ -304,7 +304,7 @@ class _Look:
 
 
 def _random_look(rng: np.random.Generator, background: np.ndarray) -> _Look:
-    size = rng.uniform(0.42, 0.6)
+    size = rng.uniform(0.52, 0.62)
     # The object stays whole inside the frame.
     room = 0.5 - 0.52 * size
     swing = rng.uniform(0.2, 1.0, 2) * room
