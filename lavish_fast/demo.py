@@ -72,16 +72,17 @@ def run(out: Path, *, seed: int, console: Console) -> None:
                 progress.advance(task)
 
         results, models, history = {}, {}, {}
+        bar = progress if console.is_terminal else None  # elsewhere training prints a line an epoch
         for modality in MODALITIES:
             console.print(f"[bold]{modality}")
             torch.manual_seed(seed)
             model = Model(dataclasses.replace(config, modality=modality)).load_backbone()
             settings = dataclasses.replace(TRAIN, seed=seed)
-            training.fit(model, sets["train"], sets["val"], settings, runs / modality, progress=progress)
+            training.fit(model, sets["train"], sets["val"], settings, runs / modality, progress=bar)
             log = (runs / modality / "log.jsonl").read_text(encoding="utf-8").splitlines()
             history[modality] = [json.loads(line) for line in log]
             models[modality] = Model.from_pretrained(runs / modality / "best")
-            results[modality] = training.evaluate(models[modality], sets["test"], batch_size=4, progress=progress)
+            results[modality] = training.evaluate(models[modality], sets["test"], batch_size=4, progress=bar)
 
     seconds = time.perf_counter() - started
     summary = _summary(data, models, results) | {"seconds": round(seconds, 1), "seed": seed}

@@ -21,23 +21,11 @@ from typer.testing import CliRunner
 
 import lavish_fast
 from lavish_fast import Config, Model, checkpoint, cli, media, ops, training
-from lavish_fast.config import AdapterConfig, SpectrogramConfig, SwinV2Config, TrainConfig
+from lavish_fast.config import TrainConfig
+from parity import tiny_config
 
 CLASSES = ("Bell", "Drum [low]", "background")  # brackets are markup to rich
-CONFIG = Config(
-    backbone=SwinV2Config(
-        img_size=32,
-        embed_dim=16,
-        depths=(1, 1),
-        num_heads=(1, 2),
-        window_size=4,
-        pretrained_window_sizes=(0, 0),
-    ),
-    adapter=AdapterConfig(reduction=4),
-    spectrogram=SpectrogramConfig(mel_bins=32, frames=32, frame_shift_ms=31),
-    classes=CLASSES,
-    frames=2,
-)
+CONFIG = tiny_config(classes=CLASSES, frames=2)
 
 
 def write_video(path, seconds=2, hertz=440.0, level=120, audio=True):

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,10 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from lavish_fast import Config, Model, checkpoint, training
-from lavish_fast.config import AdapterConfig, SwinV2Config, TrainConfig
+from lavish_fast import Model, checkpoint, training
+from lavish_fast.config import AdapterConfig, TrainConfig
 from lavish_fast.tasks import ave
+from parity import tiny_config
 
 fit, evaluate = (partial(function, device="cpu") for function in (training.fit, training.evaluate))
 
@@ -30,21 +30,8 @@ STILL = {"lr": 1e-12, "head_lr": 1e-12}
 
 
 def make_model(seed=0, batch_norm=True, drop_path=0.0, backbone_seed=0):
-    backbone = SwinV2Config(
-        img_size=32,
-        embed_dim=16,
-        depths=(1, 1),
-        num_heads=(1, 2),
-        window_size=4,
-        pretrained_window_sizes=(0, 0),
-        drop_path_rate=drop_path,
-    )
-    config = Config(
-        backbone=backbone,
-        adapter=AdapterConfig(reduction=4, groups=2, batch_norm=batch_norm),
-        classes=CLASSES,
-        frames=SECONDS,
-    )
+    config = tiny_config(adapter=AdapterConfig(reduction=4, batch_norm=batch_norm), classes=CLASSES, frames=SECONDS)
+    config = replace(config, backbone=replace(config.backbone, drop_path_rate=drop_path))
     model = Model(config)
     for part, part_seed in ((model.backbone, backbone_seed), (model.adapters, seed), (model.head, seed + 1)):
         generator = torch.Generator().manual_seed(part_seed)
@@ -280,34 +267,39 @@ def make_run(path):
     return run
 
 
-def kill_while_saving(folder):
-    """Kills a process that saves without end, many times over; the state is whole each time."""
-    torch.set_num_threads(1)
-    path = Path(folder) / "last" / "state.safetensors"
-    run = make_run(path)
+def kill_while_saving(folder, stage):
+    """Saves, then is killed at a stage of saving the next state."""
+    run = make_run(Path(folder) / "last" / "state.safetensors")
     run.save()
-    last, torn = run.state.steps, 0
-    for attempt in range(12):
-        inode = path.stat().st_ino
-        child = os.fork()
-        if not child:
-            while True:
-                run.state.steps += 1
-                run.save()
-        while path.stat().st_ino == inode:
-            time.sleep(0.001)
-        time.sleep(0.002 * attempt)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        torn += len(list(path.parent.iterdir())) > 1
-        run.load()
-        assert run.state.steps > last
-        last = run.state.steps
-    assert torn, "no kill fell into a save"
+    run.state.steps += 1
+
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_half(tensors, path, metadata):
+        whole = path.with_name("whole")
+        save_file(tensors, whole, metadata)
+        path.write_bytes(whole.read_bytes()[:-1000])
+        whole.unlink()
+        die()
+
+    patched = {"safetensors.torch.save_file": write_half, "os.fsync": die, "os.replace": die}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, patched[stage])
+        run.save()
 
 
-def test_sigkill_in_a_save_leaves_a_loadable_state(tmp_path):
-    assert run_python(f"test_training.kill_while_saving({str(tmp_path)!r})").wait() == 0
+@pytest.mark.parametrize("stage", ["safetensors.torch.save_file", "os.fsync", "os.replace"])
+def test_sigkill_in_a_save_leaves_the_previous_state(tmp_path, stage):
+    killed = run_python(f"test_training.kill_while_saving({str(tmp_path)!r}, {stage!r})")
+    assert killed.wait() == -signal.SIGKILL
+    run = make_run(tmp_path / "last" / "state.safetensors")
+    assert len(list(run.path.parent.iterdir())) == 2, "the kill fell into the save"
+    run.state.steps = 99
+    run.load()
+    assert run.state.steps == 1, "the state of before, whole"
+    run.save()
+    assert [path.name for path in run.path.parent.iterdir()] == ["state.safetensors"]
 
 
 @pytest.mark.parametrize("stage", ["os.fsync", "os.replace", "safetensors.torch.save_file"])
