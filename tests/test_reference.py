@@ -16,7 +16,7 @@ def draw(*shape, seed=0, scale=1.0, dtype=torch.float64):
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(n=st.integers(1, 3), tokens=st.integers(1, 37), m=st.integers(1, 17), width=st.sampled_from([8, 24]))
 def test_gather_latents_is_the_equation(n, tokens, m, width):
     latents, other = draw(m, width, seed=1), draw(n, tokens, width, seed=2)
@@ -29,7 +29,7 @@ def test_gather_latents_is_the_equation(n, tokens, m, width):
             torch.testing.assert_close(got[i, j], expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(n=st.integers(1, 3), tokens=st.integers(1, 19), m=st.integers(1, 17))
 def test_read_latents_is_the_equation(n, tokens, m):
     x, summary, gate = draw(n, tokens, 8, seed=1), draw(n, m, 8, seed=2), torch.tensor([0.4], dtype=torch.float64)
