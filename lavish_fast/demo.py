@@ -111,7 +111,8 @@ def run(out: Path, *, seed: int, console: Console) -> None:
     console.print(
         f"audio+video is {100 * (best.accuracy - single):.1f} points above the better single stream. "
         f"{seconds:.0f} s in all.\nLook at [bold]{out / 'report.html'}[/bold], or try\n"
-        f"  lavish-fast localize {data / 'videos' / names[0]}.mp4 --checkpoint {runs / 'audio+video' / 'best'}"
+        f"  lavish-fast localize {data / 'videos' / names[0]}.mp4 --checkpoint {runs / 'audio+video' / 'best'}",
+        soft_wrap=True,
     )
 
 
