@@ -91,8 +91,9 @@ def run(out: Path, *, seed: int, console: Console) -> None:
     best = results["audio+video"]
     names = list(best.predictions)
     _print_summary(console, rows)
-    _print_clip(console, config, sets["test"], names[0], best.predictions[names[0]])
-    pictures = [_picture(config, sets["test"], name, best.predictions[name]) for name in names[:PICTURES]]
+    items = {item["id"]: item for item in sets["test"]}
+    _print_clip(console, config, items[names[0]], best.predictions[names[0]])
+    pictures = [_picture(config, items[name], best.predictions[name]) for name in names[:PICTURES]]
     plots.report(
         out / "report.html",
         title="LAVISH learns to see and hear",
@@ -154,19 +155,17 @@ def _print_summary(console: Console, rows: list[dict[str, str]]) -> None:
     console.print(table)
 
 
-def _print_clip(console: Console, config: Config, clips: ave.AVEDataset, name: str, probabilities: Tensor) -> None:
-    truth = next(item["labels"] for item in clips if item["id"] == name)
-    table = Table(title=f"An unseen clip, second by second: {name}")
+def _print_clip(console: Console, config: Config, item: dict[str, Any], probabilities: Tensor) -> None:
+    table = Table(title=f"An unseen clip, second by second: {item['id']}")
     for column in ("second", "event", "probability", "truth"):
         table.add_column(column, justify="right" if column in ("second", "probability") else "left")
-    for second, (row, label) in enumerate(zip(probabilities, truth)):
+    for second, (row, label) in enumerate(zip(probabilities, item["labels"])):
         table.add_row(f"{second}", config.classes[row.argmax()], f"{row.max():.2f}", config.classes[label])
     console.print(table)
 
 
-def _picture(config: Config, clips: ave.AVEDataset, name: str, probabilities: Tensor) -> tuple[str, Any, str]:
-    item = next(item for item in clips if item["id"] == name)
+def _picture(config: Config, item: dict[str, Any], probabilities: Tensor) -> tuple[str, Any, str]:
     clip = media.Clip(item["audio"], item["video"], float(len(probabilities)), ())
-    figure = plots.timeline(clip, probabilities, config.classes, title=name, truth=item["labels"])
+    figure = plots.timeline(clip, probabilities, config.classes, title=item["id"], truth=item["labels"])
     right = int((probabilities.argmax(-1) == item["labels"]).sum())
-    return name, figure, f"{right} of {len(probabilities)} seconds right"
+    return item["id"], figure, f"{right} of {len(probabilities)} seconds right"

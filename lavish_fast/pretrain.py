@@ -27,6 +27,8 @@ from lavish_fast.media import resize
 TEXTURES = 12  # 0-7 stripes of four directions in two widths, 8 rings, 9 rays, 10 checks, 11 dots
 SHAPES = len(synthetic.SHAPES) + 1  # the last: no shape
 
+DIAMETERS = (0.42, 0.6)  # of the shapes, as fractions of the picture's side
+
 
 def texture(rng: np.random.Generator, kind: int, size: int) -> np.ndarray:
     """A picture (size, size, 3) uint8 of one of the TEXTURES in two random colours, with noise."""
@@ -64,7 +66,8 @@ def batch(seed: int, step: int, count: int, size: int) -> tuple[Tensor, Tensor, 
         if rng.random() < 0.75:
             shapes.append(int(rng.integers(SHAPES)))
             textures.append(TEXTURES)
-            pictures.append(synthetic.random_image(rng, None if shapes[-1] == SHAPES - 1 else shapes[-1]))
+            index = None if shapes[-1] == SHAPES - 1 else shapes[-1]
+            pictures.append(synthetic.random_image(rng, index, diameters=DIAMETERS))
         else:
             shapes.append(SHAPES - 1)
             textures.append(int(rng.integers(TEXTURES)))

@@ -47,6 +47,8 @@ SIZE = 128
 FPS = 9
 SAMPLE_RATE = 16000
 
+_DIAMETERS = (0.52, 0.62)  # of the objects in clips, as fractions of the frame's side
+
 _LENGTHS = (2, 3, 4, 5, 6, 7, 8, SECONDS)  # as many as CATEGORIES
 
 # AVE's audio windows begin up to 0.1 s early (linspace(0, len - 17600, 10)): with this much quiet at the end of
@@ -205,12 +207,20 @@ def _accuracy_by_majority(train: list[Clip], clips: list[Clip], observe: Callabl
 # Pictures
 
 
-def random_image(rng: np.random.Generator, index: int | None, size: int = SIZE) -> np.ndarray:
-    """One picture (size, size, 3) uint8: the shape of category `index`, or only a background for None."""
+def random_image(
+    rng: np.random.Generator,
+    index: int | None,
+    size: int = SIZE,
+    diameters: tuple[float, float] = _DIAMETERS,
+) -> np.ndarray:
+    """One picture (size, size, 3) uint8: the shape of category `index`, or only a background for None.
+
+    diameters: the least and the greatest, as fractions of the picture's side.
+    """
     background = _random_background(rng, size)
     if index is None:
         return background
-    look = _random_look(rng, background)
+    look = _random_look(rng, background, diameters)
     return render_frame(background, index, *look.pose(0.0), size=look.size, colour=look.colour)
 
 
@@ -303,8 +313,10 @@ class _Look:
         return float(x), float(y), self.angle + self.spin * t
 
 
-def _random_look(rng: np.random.Generator, background: np.ndarray) -> _Look:
-    size = rng.uniform(0.52, 0.62)
+def _random_look(
+    rng: np.random.Generator, background: np.ndarray, diameters: tuple[float, float] = _DIAMETERS
+) -> _Look:
+    size = rng.uniform(*diameters)
     # The object stays whole inside the frame.
     room = 0.5 - 0.52 * size
     swing = rng.uniform(0.2, 1.0, 2) * room
