@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "hypothesis", "ruff"],
-        "benchmarks": ["pytest-benchmark", "nvidia-ml-py"],
+        "benchmarks": ["pytest-benchmark", "nvidia-ml-py", "torchvision"],
     },
     entry_points={"console_scripts": ["lavish-fast = lavish_fast.cli:main"]},
 )
