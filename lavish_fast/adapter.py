@@ -21,8 +21,10 @@ class LavishAdapter(nn.Module):
         gate: whether the output is scaled by a trainable gate, 0 at the start.
         cross_modal: whether the stream reads the other one through the latent tokens.
 
-    A fresh adapter with a gate returns exactly zero.
+    A fresh adapter with a gate returns exactly zero. Its ops take the path that `path` says.
     """
+
+    path = "auto"
 
     def __init__(self, width: int, config: AdapterConfig, *, gate: bool = True, cross_modal: bool = True) -> None:
         super().__init__()
@@ -40,12 +42,13 @@ class LavishAdapter(nn.Module):
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """g LN(BN(up(ReLU(BN(down(LN(X'))))))). x (n, N, C), other (n, M, C) or None -> (n, N, C)."""
         if self.latents is not None:
-            x = ops.read_latents(x, ops.gather_latents(self.latents, other), self.gate_av)
+            summary = ops.gather_latents(self.latents, other, path=self.path)
+            x = ops.read_latents(x, summary, self.gate_av, path=self.path)
         if self.ln_before is not None:
             x = self.ln_before(x)
-        z = ops.grouped_linear(x, self.down)
+        z = ops.grouped_linear(x, self.down, path=self.path)
         z = F.relu(_channelwise(self.bn1, z))
-        z = ops.grouped_linear(z, self.up)
+        z = ops.grouped_linear(z, self.up, path=self.path)
         z = _channelwise(self.bn2, z)
         if self.ln_after is not None:
             z = self.ln_after(z)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lavish_fast import attention as attention_kernels
 from lavish_fast import reference
 from lavish_fast.kernels import _checks
 
@@ -56,6 +57,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, path: str = "aut
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None, *, path: str = "auto"
 ) -> Tensor:
-    """Swin-V2's cosine attention. q, k, v (n, windows, heads, N, d) -> the same; bias (heads, N, N)."""
+    """Swin-V2's cosine attention. q, k, v (n, windows, heads, N, d) -> the same; bias (heads, N, N).
+
+    path: also "sdpa" and "xformers", the kernels of those libraries (`lavish_fast.attention`).
+    """
+    if path in ("sdpa", "xformers"):
+        return getattr(attention_kernels, path)(q, k, v, logit_scale, bias, mask)
     choose("window_attention", path, q, k, v)
     return reference.window_attention(q, k, v, logit_scale, bias, mask)

@@ -7,6 +7,8 @@ its MLP, on every forward. Nothing is fused, cached or skipped. Written from the
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -151,20 +153,19 @@ class ReleasedAVE(nn.Module):
         """The same network as `model`, with its weights."""
         released = cls(model.config, form)
         released.swin.load_state_dict(model.backbone.state_dict())
-        tensors = {}
-        for name, tensor in model.trainable_state_dict().items():
-            part, _, rest = name.partition(".")
-            if part == "head":
-                tensors[rest.replace("fc1", "mlp_class").replace("fc2", "mlp_class_2")] = tensor
-            elif name.endswith((".down", ".up")):
-                tensors[f"blocks.{rest}.weight"] = tensor[:, :, None, None]
-            else:
-                tensors[f"blocks.{rest}"] = tensor
-        missing, unexpected = released.load_state_dict(tensors, strict=False)
-        missing = [name for name in missing if not name.startswith("swin.") and ".frozen." not in name]
-        if missing or unexpected:
-            raise ValueError(f"released order: expected the model's tensors, missing {missing}, got {unexpected}")
+        theirs = model.state_dict()
+        with torch.no_grad():
+            for name, tensor in released.state_dict().items():
+                if not name.startswith("swin.") and ".frozen." not in name:
+                    tensor.copy_(theirs[parameter_name(name)].view_as(tensor))
         return released.train(model.training)
+
+
+def parameter_name(name: str) -> str:
+    """What `Model` calls a trainable parameter, or a buffer, of `ReleasedAVE`."""
+    name = re.sub(r"^blocks\.", "adapters.", name)
+    name = re.sub(r"\.(down|up)\.weight$", r".\1", name)
+    return re.sub(r"^mlp_class(_2)?\.", lambda match: "head.fc2." if match[1] else "head.fc1.", name)
 
 
 def _layer_norm(norm: nn.LayerNorm | None, x: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from lavish_fast.config import SwinV2Config
 class WindowAttention(nn.Module):
     """Cosine attention inside (shifted) windows of a square map of `size` x `size` tokens."""
 
+    path = "auto"  # of the op
+
     def __init__(self, width: int, heads: int, size: int, window: int, shift: int, pretrained_window: int) -> None:
         super().__init__()
         self.heads, self.size, self.window, self.shift = heads, size, window, shift
@@ -82,7 +84,9 @@ class WindowAttention(nn.Module):
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(self.windows(x), self.qkv.weight, qkv_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind()
-        out = ops.window_attention(q, k, v, self.scale, self.bias, self.mask)  # (n, windows, heads, N, d)
+        out = ops.window_attention(
+            q, k, v, self.scale, self.bias, self.mask, path=self.path
+        )  # (n, windows, heads, N, d)
         side = self.size // self.window
         out = out.permute(0, 1, 3, 2, 4).reshape(n, side, side, self.window, self.window, width)
         out = out.transpose(2, 3).reshape(n, tokens, width)

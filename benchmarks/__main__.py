@@ -1,0 +1,231 @@
+"""The command `python -m benchmarks`. Exit codes: 0 done, 1 something measured wrong or failed, 2 bad usage."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from benchmarks import results
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from benchmarks.run import Selection
+
+app = typer.Typer(
+    name="benchmarks",
+    help="What lavish_fast is measured by: parity first, then the clock.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
+PresetName = Annotated[str | None, typer.Option(help="small or paper; by default paper on cuda, small on a CPU.")]
+Out = Annotated[Path | None, typer.Option(help="File that rows are appended to; by default under benchmarks/results.")]
+
+
+def main() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports as an error that there is no card
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # so does Inductor
+    try:
+        code = app(standalone_mode=False, prog_name="python -m benchmarks")
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit("benchmarks: interrupted")
+    except Exception as error:
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        if not hasattr(error, "format_message") and not isinstance(error, (ValueError, OSError, ImportError)):
+            raise
+        print(f"benchmarks: {' '.join(text.split())}", file=sys.stderr)
+        code = getattr(error, "exit_code", 1)
+    sys.exit(code or 0)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def choose(what: str, given: str | None, known: Iterable[str], default: Iterable[str]) -> list[str]:
+    """The names of a comma-separated list, each of which has to be known; without a list the default.
+
+    Raises: typer.BadParameter listing what exists.
+    """
+    if given is None:
+        return list(default)
+    known, names = list(known), [name.strip() for name in given.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise typer.BadParameter(f"{what}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+    return names
+
+
+def _device(given: str | None) -> str:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device = choose("device", given, ("cpu", "cuda"), ["cuda" if cuda else "cpu"])
+    if len(device) > 1:
+        raise typer.BadParameter(f"device: expected one, got {given}")
+    if device[0] == "cuda" and not cuda:
+        raise typer.BadParameter("device: expected one that is here: cpu, got cuda")
+    return device[0]
+
+
+def _preset(given: str | None, device: str) -> str:
+    from benchmarks.cases import PRESETS
+
+    names = choose("preset", given, PRESETS, ["paper" if device == "cuda" else "small"])
+    if len(names) > 1:
+        raise typer.BadParameter(f"preset: expected one, got {given}")
+    return names[0]
+
+
+def _batches(given: str | None, device: str) -> list[int]:
+    if given is None:
+        return [1, 2] if device == "cpu" else [1, 2, 4, 8, 16, 32]
+    try:
+        batches = [int(part) for part in given.split(",")]
+    except ValueError:
+        batches = [0]
+    if any(batch < 1 or (batch > 1 and batch % 2) for batch in batches):
+        raise typer.BadParameter(f"batch: expected 1 or even numbers of clips, got {given}")
+    return batches
+
+
+@app.command()
+def run(
+    case: Annotated[str | None, typer.Option(help="Cases, by commas; all without it.")] = None,
+    mode: Annotated[str | None, typer.Option(help="inference, training.")] = None,
+    path: Annotated[str | None, typer.Option(help="Ways to compute a case: reference, released, timm ...")] = None,
+    execution: Annotated[str | None, typer.Option(help="eager, compile, blocks, graph ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float64, float32, tf32, bfloat16-autocast ...")] = None,
+    batch: Annotated[str | None, typer.Option(help="Clips at once, by commas.")] = None,
+    preset: PresetName = None,
+    device: Device = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Of timing per candidate.")] = 0.2,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds after which nothing new begins.")] = float("inf"),
+    out: Out = None,
+) -> int:
+    """Measures cases and appends a row for each candidate.
+
+    Without --execution and --dtype each case has its usual ones: eager, and on a card the baselines also compiled.
+    """
+    from benchmarks.cases import CASES, MODES
+    from benchmarks.measure import EXECUTIONS, PRECISIONS
+    from benchmarks.run import Selection
+
+    device = _device(device)
+    selection = Selection(
+        device,
+        _preset(preset, device),
+        _batches(batch, device),
+        cases=choose("case", case, CASES, CASES),
+        modes=choose("mode", mode, MODES, MODES),
+        precisions=None if dtype is None else choose("dtype", dtype, PRECISIONS, ()),
+        executions=None if execution is None else choose("execution", execution, EXECUTIONS, ()),
+        paths=None if path is None else [name.strip() for name in path.split(",")],
+        seconds=seconds,
+        budget=budget,
+    )
+    return measure(selection, out or results.folder(device) / "bench.jsonl", _console())
+
+
+@app.command()
+def ladder(
+    preset: PresetName = None,
+    device: Device = None,
+    batch: Annotated[int, typer.Option(min=1, help="Clips at once.")] = 2,
+    execution: Annotated[
+        str, typer.Option(help="How the rungs above bfloat16 run: blocks (compiled) or eager.")
+    ] = "blocks",
+    seconds: Annotated[float, typer.Option(min=0, help="Of timing per rung.")] = 2.0,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that one rung may take in all.")] = None,
+    out: Out = None,
+) -> int:
+    """What each technique adds, a fresh process a rung: appends rows, draws ladder.svg and .png beside them."""
+    from benchmarks import ladder as module
+
+    device = _device(device)
+    preset = _preset(preset, device)
+    choose("execution", execution, ("blocks", "eager"), ())
+    _batches(str(batch), device)
+    out = out or results.folder(device) / "ladder.jsonl"
+    console, rungs = _console(), []
+    with console.status("") as status:
+        climb = module.climb(device, preset, batch, execution, seconds, timeout)
+        for rung in module.RUNGS:
+            status.update(rung.label)
+            row = next(climb)
+            results.append(out, [{**row, "rung": rung.label}])
+            rungs.append((rung, row))
+            console.print(f"{rung.label:26}{line(row)}", soft_wrap=True)
+    pictures = module.draw(rungs, out.with_suffix(""))
+    console.print(f"rows in {out}, pictures in {', '.join(map(str, pictures))}", soft_wrap=True)
+    return 1 if any(row["status"] in ("wrong", "failed") for _, row in rungs) else 0
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A file of rows.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """How much faster B is than A, with 95 % intervals; says when a difference is noise."""
+    from benchmarks import compare as module
+
+    _console().print(module.table(module.compare(results.read(a), results.read(b))))
+
+
+def measure(selection: Selection, out: Path, console: Console) -> int:
+    """Measures with a progress bar, a line a row; returns the exit code."""
+    from collections import Counter
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from benchmarks.run import measure_all
+
+    counts: Counter[str] = Counter()
+
+    def report(row: dict[str, Any]) -> None:
+        results.append(out, [row])
+        counts[row["status"]] += 1
+        console.print(line(row), soft_wrap=True)
+
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(selection.groups()))
+        for description in measure_all(selection, report):
+            progress.update(task, description=description)
+            progress.advance(task)
+    shown = ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "nothing: no case has that path"
+    console.print(f"{shown}; rows in {out}", soft_wrap=True)
+    return 1 if counts["wrong"] or counts["failed"] or not counts else 0
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in one line."""
+    from rich.markup import escape
+
+    setting = " ".join(f"{name[0]}{value}" for name, value in row["setting"].items())
+    what = f"{row['case']} {row['mode'][:5]} b{row['batch']} {setting}".ljust(34)
+    how = f"{row.get('path', '')} {row.get('execution', '')} {row.get('dtype', '')}".ljust(40)
+    if row["status"] != "ok":
+        return f"[dim]{what} {how}[/] [yellow]{row['status']}[/]: {escape(str(row['reason']))}"
+    memory = f"{row['peak_mib']:,.0f} MiB"
+    compiled = "" if row["compile_s"] is None else f" compile {row['compile_s']:.0f} s"
+    return (
+        f"{what} {how} {row['median_ms']:9.3f} ms {row['samples_per_s']:9.2f}/s {row['tflops_per_s']:7.3f} TFLOP/s "
+        f"{row['roofline_share']:6.1%} error {row['error']:.1e} {memory}{compiled}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,605 @@
+"""What is measured: each case's sizes, its paths, its truth in float64, and the least work that it takes.
+
+A case is a network or an op. Its paths compute the same from the same weights; the first is plain PyTorch, and the
+others' errors are judged by what it does in the same precision. Inputs are drawn at random for one or two clips, which
+a larger batch repeats: outputs, BatchNorm's statistics and gradients are then those of the small batch, so that every
+clip of any batch is checked against one float64 run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lavish_fast.kernels import _checks
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+
+from benchmarks import roofline
+from benchmarks.baselines.mbt import MBTConfig
+from benchmarks.measure import Unavailable
+from lavish_fast import Model, attention, backbones, ops
+from lavish_fast.adapter import LavishAdapter
+from lavish_fast.backbones.swin_v2 import WindowAttention
+from lavish_fast.config import VIT_SPECTROGRAM, AdapterConfig, Config, SpectrogramConfig, SwinV2Config, ViTConfig
+from lavish_fast.tasks import ave
+
+MODES = ("inference", "training")
+LATENTS = (1, 2, 4, 8, 16, 32, 64)  # the paper's Figure 1
+_AVS = AdapterConfig(latents=16, reduction=4)  # and AVQA: the paper's settings
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The sizes of every case. small: the shapes of the paper's, each side and width cut down."""
+
+    swin: Config
+    vit: Config
+    mbt: MBTConfig
+    frames: int  # of the other encoders' video
+    side: int
+
+
+PRESETS = {
+    "paper": Preset(
+        Config.from_preset("ave-swinv2-large"),
+        # Table 2's settings: 7.4 M trainable parameters.
+        Config.from_preset("ave-vit-base", adapter=AdapterConfig(reduction=4)),
+        MBTConfig(),
+        frames=32,
+        side=224,
+    ),
+    "small": Preset(
+        Config(
+            SwinV2Config(img_size=64, embed_dim=32, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), window_size=4),
+            spectrogram=SpectrogramConfig(mel_bins=64, frames=64, frame_shift_ms=15.6),
+            frames=4,
+        ),
+        Config(
+            ViTConfig(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=2),
+            adapter=AdapterConfig(reduction=4),
+            spectrogram=replace(VIT_SPECTROGRAM, mel_bins=32, frames=26, frame_shift_ms=40.0),
+            frames=4,
+        ),
+        MBTConfig((8, 64, 64), (2, 8, 8), (100, 32), (4, 8), width=64, depth=4, heads=2, mlp=256, fusion_layer=2),
+        frames=4,
+        side=64,
+    ),
+}
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random gates, norms and BatchNorm buffers: fresh ones make adapters zero and would hide every fault."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for name, tensor in tensors.items():
+        if name.endswith(("gate", "gate_av")):
+            tensor.copy_(torch.empty_like(tensor).uniform_(0.3, 0.7, generator=generator))
+        elif name.endswith("running_var"):
+            tensor.copy_(torch.empty_like(tensor).uniform_(0.5, 1.5, generator=generator))
+        elif name.endswith("running_mean") or (tensor.ndim == 1 and name.endswith("bias")):
+            tensor.copy_(torch.empty_like(tensor).normal_(0, 0.1, generator=generator))
+        elif tensor.ndim == 1 and tensor.is_floating_point():
+            tensor.copy_(torch.empty_like(tensor).normal_(1, 0.1, generator=generator))
+    module.load_state_dict(tensors)
+    return module
+
+
+def _draw(*shape: int, seed: int = 0) -> Tensor:
+    """Normal float64 numbers that every precision represents exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).bfloat16().double()
+
+
+@dataclass
+class Problem:
+    """One case at one size, for one or two clips.
+
+    truth: a module in float32 that computes it, or a function. inputs: float64, on the CPU. batched: which of them
+    hold clips along their first axis. wide: the places of those that stay float32 beside narrower ones. paths: from
+    the truth to what computes it otherwise. loss: of outputs and labels, where there is a training step; trains: the
+    paths that have one, None for all. rows: outputs as a tensor with a row per clip or image, in which errors show.
+    work: the least work of `batch` clips (batch, itemsize, training), None to count the truth's matrix products.
+    parameter_name: the truth's name of a path's parameter.
+    """
+
+    truth: Callable
+    inputs: tuple[Tensor, ...]
+    paths: Mapping[str, Callable[[Callable], Callable]]
+    work: Callable[[int, int, bool], list[roofline.Op]] | None = None
+    loss: Callable[[Any, Tensor], Tensor] | None = None
+    labels: Tensor | None = None
+    batched: tuple[bool, ...] | None = None
+    wide: tuple[int, ...] = ()
+    rows: Callable[[Any], Tensor] = lambda out: out
+    trains: tuple[str, ...] | None = None
+    parameter_name: Callable[[str, str], str] = lambda path, name: name
+    clips: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.batched = self.batched or (True,) * len(self.inputs)
+
+    def build(self, path: str, dtype: torch.dtype, device: str, *, training: bool) -> Callable:
+        """The path's module, or function, with the truth's weights."""
+        built = self.paths[path](self.truth)
+        if isinstance(built, nn.Module):
+            # A copy, since a path may return the truth itself.
+            built = copy.deepcopy(built).to(device, dtype).train(training)
+        return built
+
+    def batch(self, repeats: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+        """The inputs, their clips repeated."""
+        wide = torch.promote_types(dtype, torch.float32)
+        inputs = [x.to(device, wide if i in self.wide else dtype) for i, x in enumerate(self.inputs)]
+        return tuple(
+            x.repeat(repeats, *(1,) * (x.ndim - 1)) if batched else x for x, batched in zip(inputs, self.batched)
+        )
+
+    def gradients(self, path: str, module: nn.Module) -> dict[str, Tensor]:
+        """The gradients that a backward left, flat, by the truth's names."""
+        return {
+            self.parameter_name(path, name): p.grad.detach().double().flatten()
+            for name, p in module.named_parameters()
+            if p.grad is not None
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A thing to measure.
+
+    settings: its sizes at a preset, as plain data. problem: at one of them, for `clips` clips. batches: which of the
+    batch sizes that are asked for make sense.
+    """
+
+    about: str
+    settings: Callable[[Preset], list[dict[str, Any]]]
+    problem: Callable[[Preset, dict[str, Any], int], Problem]
+    modes: tuple[str, ...] = ("inference",)
+    extra_precisions: tuple[str, ...] = ()
+    batches: Callable[[Sequence[int]], Sequence[int]] = lambda batches: batches
+
+
+# Networks
+
+
+def _one(preset: Preset) -> list[dict[str, Any]]:
+    return [{}]
+
+
+def _clips(config: Config, clips: int) -> tuple[Tensor, Tensor]:
+    side, sound = config.backbone.img_size, config.spectrogram
+    audio = _draw(clips, config.frames, sound.frames, sound.mel_bins, seed=1)
+    return audio, _draw(clips, config.frames, 3, side, side, seed=2)
+
+
+def _logits(probabilities: Tensor) -> Tensor:
+    """Softmax's input but for a constant: between probabilities that are nearly equal an error would not show."""
+    logits = probabilities.double().log()
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def _lavish(
+    config: Config, clips: int, paths: Mapping[str, Callable], trains: tuple[str, ...] | None = None
+) -> Problem:
+    torch.manual_seed(0)
+    return Problem(
+        randomise(Model(config)),
+        _clips(config, clips),
+        {"reference": lambda model: model, **paths},
+        work=lambda batch, itemsize, training: roofline.model_ops(
+            config, batch, itemsize=itemsize, training=training, fused=True
+        ),
+        loss=ave.loss,
+        labels=torch.arange(clips * config.frames).view(clips, -1) % len(config.classes),
+        rows=lambda out: _logits(out).unflatten(0, (-1, config.frames)).flatten(1),
+        trains=trains,
+        parameter_name=_parameter_name,
+    )
+
+
+def _parameter_name(path: str, name: str) -> str:
+    from benchmarks.baselines.released import parameter_name
+
+    return parameter_name(name) if path.startswith("released") else name
+
+
+def _released(form: str) -> Callable[[Model], nn.Module]:
+    def build(model: Model) -> nn.Module:
+        from benchmarks.baselines.released import ReleasedAVE
+
+        return ReleasedAVE.from_model(model, form)
+
+    return build
+
+
+def _ave(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    from lavish_fast.inference import Inference
+
+    paths = {
+        "released": _released("conv"),
+        "released-bmm": _released("bmm"),
+        "concatenated": lambda model: Inference(model, fold=False),
+        "folded": lambda model: Inference(model),
+        "xformers": lambda model: Inference(model, attention="xformers"),
+        "fused": lambda model: Inference(model, path="fused"),
+    }
+    return _lavish(preset.swin, clips, paths, ("reference", "released", "released-bmm"))
+
+
+def _latents(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    adapter = replace(preset.swin.adapter, latents=setting["latents"])
+    return _lavish(replace(preset.swin, adapter=adapter), clips, {})
+
+
+def _ave_vit(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    return _lavish(preset.vit, clips, {})
+
+
+def _backbone(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    config = getattr(preset, setting["backbone"])
+    torch.manual_seed(0)
+    side = config.backbone.img_size
+
+    def timm(truth: nn.Module) -> nn.Module:
+        from timm.models.swin_transformer_v2 import SwinTransformerV2
+        from timm.models.vision_transformer import VisionTransformer
+
+        cls = SwinTransformerV2 if config.backbone.kind == "swinv2" else VisionTransformer
+        module = cls(**vars(config.backbone), num_classes=0).requires_grad_(False)
+        module.load_state_dict(truth.state_dict())
+        return module
+
+    # The images of a clip, and as many more in the place of its spectrograms.
+    return Problem(
+        randomise(backbones.build(config.backbone)),
+        (_draw(2 * clips * config.frames, 3, side, side, seed=2),),
+        {"reference": lambda module: module, "timm": timm},
+        # The listing of a model whose spectrograms are images: for a ViT they are not, so count one stream twice.
+        work=lambda batch, itemsize, _: roofline.model_ops(
+            replace(config, modality="video", frames=2 * config.frames), batch, itemsize=itemsize, adapters=False
+        ),
+    )
+
+
+def _cmbs(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    from benchmarks.baselines import cmbs
+
+    torch.manual_seed(0)
+    config = preset.swin
+    network = _without_dropout(randomise(cmbs.CMBS(config.backbone, len(config.classes) - 1)))
+    labels = torch.arange(clips * config.frames).view(clips, -1) % len(config.classes)
+    # The audio patches are log magnitudes, whatever their scale.
+    inputs = (_draw(clips, config.frames, 1, 96, 64, seed=1), _clips(config, clips)[1])
+
+    def rows(scores: cmbs.Scores) -> Tensor:
+        return torch.cat([scores.is_event[..., 0].T, scores.event, scores.gate[..., 0].T, scores.av_score], 1)
+
+    return Problem(network, inputs, {"reference": lambda m: m}, loss=cmbs.loss, labels=labels, rows=rows)
+
+
+def _mbt(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    from benchmarks.baselines.mbt import MBT
+
+    torch.manual_seed(0)
+    video, sound = preset.mbt.video, preset.mbt.spectrogram
+    return _classifier(
+        randomise(MBT(preset.mbt)), _draw(clips, 3, *video, seed=2), _draw(clips, *sound, seed=1), preset.mbt.classes
+    )
+
+
+def _encoders(name: str) -> Callable[[Preset, dict[str, Any], int], Problem]:
+    def problem(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+        from benchmarks.baselines.encoders import CONFIGS, INPUTS, AudioVisualEncoders
+
+        torch.manual_seed(0)
+        (channels, frames, height, width), sound, _ = INPUTS[name]
+        size = (channels, min(frames, preset.frames), min(height, preset.side), min(width, preset.side))
+        network = randomise(AudioVisualEncoders(CONFIGS[name]))
+        problem = _classifier(
+            network, _draw(clips, *size, seed=2), _draw(clips, *sound, seed=1), network.classifier.out_features
+        )
+        # BatchNorm on one row of features has no statistics.
+        alone = clips == 1 and any(isinstance(module, nn.BatchNorm1d) for module in network.modules())
+        return replace(problem, trains=()) if alone else problem
+
+    return problem
+
+
+def _classifier(network: nn.Module, video: Tensor, sound: Tensor, classes: int) -> Problem:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels)
+
+    labels = torch.arange(len(video)) % classes
+    return Problem(_without_dropout(network), (video, sound), {"reference": lambda m: m}, loss=loss, labels=labels)
+
+
+def _without_dropout(network: nn.Module) -> nn.Module:
+    """Gradients of two runs can then be compared; what dropout takes is small beside the rest."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return network
+
+
+# Ops
+
+
+def _stages(preset: Preset) -> Iterator[tuple[int, int, int, WindowAttention]]:
+    """Per stage, from 1: width, tokens and the attention of its last block (shifted, where the stage shifts)."""
+    backbone = preset.swin.backbone
+    for i, (depth, heads) in enumerate(zip(backbone.depths, backbone.num_heads)):
+        size = backbone.img_size // backbone.patch_size // 2**i
+        window, width = min(backbone.window_size, size), backbone.embed_dim * 2**i
+        shift = window // 2 if depth > 1 and size > window else 0
+        yield i + 1, width, size**2, WindowAttention(width, heads, size, window, shift, 0)
+
+
+def _adapter_settings(preset: Preset) -> list[dict[str, Any]]:
+    return [
+        {"stage": stage, "latents": a.latents, "reduction": a.reduction, "groups": a.groups}
+        for a in (preset.swin.adapter, _AVS)
+        for stage, *_ in _stages(preset)
+    ]
+
+
+def _latent_settings(preset: Preset) -> list[dict[str, Any]]:
+    return [{name: s[name] for name in ("stage", "latents")} for s in _adapter_settings(preset)]
+
+
+def _stage_settings(preset: Preset) -> list[dict[str, Any]]:
+    return [{"stage": stage} for stage, *_ in _stages(preset)]
+
+
+def _stage(preset: Preset, setting: dict[str, Any], clips: int) -> tuple[int, int, int]:
+    """Images of one stream, tokens and width at the setting's stage."""
+    width, tokens = next((width, tokens) for stage, width, tokens, _ in _stages(preset) if stage == setting["stage"])
+    return clips * preset.swin.frames, tokens, width
+
+
+def _op_paths(name: str) -> dict[str, Callable]:
+    """The op by its reference and by its kernel, which says why where there is none."""
+    fused = partial(getattr(ops, name), path="fused")
+    return {"reference": lambda truth: truth, "fused": lambda truth: fused}
+
+
+def _sdpa(backend: SDPBackend) -> Callable:
+    def call(*tensors: Tensor | None) -> Tensor:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the reasons, many lines of them
+                return attention.sdpa(*tensors, backend=backend)
+        except RuntimeError as error:
+            if "No available kernel" in str(error) or "No viable backend" in str(error):
+                raise Unavailable(f"PyTorch's {backend.name} does not take these tensors") from None
+            raise
+
+    return call
+
+
+def _gather_latents(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    n, tokens, width = _stage(preset, setting, clips)
+    return Problem(
+        lambda latents, other: ops.gather_latents(latents, other, path="reference"),
+        (_draw(setting["latents"], width, seed=1).abs(), _draw(n, tokens, width, seed=2)),
+        _op_paths("gather_latents"),
+        batched=(False, True),
+        work=lambda batch, itemsize, training: [
+            roofline.gather_latents(batch * n // clips, tokens, width, setting["latents"], itemsize, training)
+        ],
+    )
+
+
+def _read_latents(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    n, tokens, width = _stage(preset, setting, clips)
+    summary = _draw(n, setting["latents"], width, seed=2) / 4
+    return Problem(
+        lambda x, summary, gate: ops.read_latents(x, summary, gate, path="reference"),
+        (_draw(n, tokens, width, seed=1), summary, torch.tensor([0.5]).double()),
+        _op_paths("read_latents"),
+        batched=(True, True, False),
+        work=lambda batch, itemsize, training: [
+            roofline.read_latents(batch * n // clips, tokens, width, setting["latents"], itemsize, training)
+        ],
+    )
+
+
+def _grouped_linear(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    n, tokens, width = _stage(preset, setting, clips)
+    bottleneck, groups = width // setting["reduction"], setting["groups"]
+    weight = _draw(bottleneck, width // groups, seed=1) / math.sqrt(width // groups)
+
+    def convolution(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x.mT.unsqueeze(-1), weight[:, :, None, None], groups=groups).squeeze(-1).mT
+
+    return Problem(
+        lambda x, weight: ops.grouped_linear(x, weight, path="reference"),
+        (_draw(n, tokens, width, seed=2), weight.bfloat16().double()),
+        _op_paths("grouped_linear") | {"conv2d": lambda truth: convolution},
+        batched=(True, False),
+        work=lambda batch, itemsize, training: [
+            roofline.grouped_linear(batch * n // clips, tokens, width, bottleneck, groups, itemsize, training)
+        ],
+    )
+
+
+def _adapter(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    n, tokens, width = _stage(preset, setting, clips)
+    config = AdapterConfig(**{name: setting[name] for name in ("latents", "reduction", "groups")})
+    torch.manual_seed(0)
+
+    class NetworkOrder(nn.Module):
+        """The released layout around the released adapter, from and to (n, N, C)."""
+
+        def __init__(self, truth: nn.Module, form: str) -> None:
+            super().__init__()
+            from benchmarks.baselines.released import ReleasedAdapter
+
+            self.adapter = ReleasedAdapter(width, config, gate=True, form=form)
+            tensors = truth.state_dict()
+            for name in ("down", "up"):
+                tensors[f"{name}.weight"] = tensors.pop(name)[:, :, None, None]
+            self.adapter.load_state_dict(tensors)
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            x, other = (t.permute(0, 2, 1).unsqueeze(-1) for t in (x, other))
+            return self.adapter(x, other).squeeze(-1).permute(0, 2, 1)
+
+    return Problem(
+        randomise(LavishAdapter(width, config)),
+        (_draw(n, tokens, width, seed=1), _draw(n, tokens, width, seed=2)),
+        {
+            "reference": lambda truth: truth,
+            "released": lambda truth: NetworkOrder(truth, "conv"),
+            "released-bmm": lambda truth: NetworkOrder(truth, "bmm"),
+        },
+        work=lambda batch, itemsize, training: [
+            roofline.adapter(batch * n // clips, tokens, tokens, width, config, itemsize, training)
+        ],
+    )
+
+
+def _window_attention(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    torch.manual_seed(0)
+    frozen = next(attention for stage, *_, attention in _stages(preset) if stage == setting["stage"]).double()
+    heads, tokens, windows = frozen.heads, frozen.window**2, (frozen.size // frozen.window) ** 2
+    nn.init.normal_(frozen.cpb_mlp[2].weight, std=0.2)
+    frozen.make_constants()
+    n = 2 * clips * preset.swin.frames  # both streams
+    width = frozen.proj.in_features
+    qkv = _draw(n, windows, tokens, 3 * width, seed=1)
+    constants = [frozen.logit_scale.detach(), frozen.bias] + ([] if frozen.mask is None else [frozen.mask])
+
+    def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return qkv.unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind()
+
+    def by(op: Callable) -> Callable:
+        """The op on what the network has: the product's output, and constants; logit_scale before its exponential."""
+
+        def call(qkv: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+            return op(*split(qkv), logit_scale.clamp(max=math.log(100)).exp(), bias, mask)
+
+        return call
+
+    return Problem(
+        by(lambda *tensors: ops.window_attention(*tensors, path="reference")),
+        (qkv, *constants),
+        {
+            "reference": lambda truth: truth,
+            "timm-order": lambda truth: TimmOrder(frozen),
+            **{name: lambda truth, b=backend: by(_sdpa(b)) for name, backend in _SDPA.items()},
+            "xformers": lambda truth: by(partial(ops.window_attention, path="xformers")),
+            "fused": lambda truth: by(partial(ops.window_attention, path="fused")),
+        },
+        batched=(True, *(False for _ in constants)),
+        wide=(1, 2, 3),
+        work=lambda batch, itemsize, training: [
+            roofline.window_attention(
+                batch * n // clips,
+                windows,
+                tokens,
+                heads,
+                width // heads,
+                itemsize,
+                training,
+            )
+        ],
+    )
+
+
+class TimmOrder(nn.Module):
+    """What timm's WindowAttention does between its two products, position bias from its MLP on every forward.
+
+    qkv (n, windows, N, 3C) -> (n, windows, heads, N, d); the truth's bias is passed in and not read.
+    """
+
+    def __init__(self, frozen: WindowAttention) -> None:
+        super().__init__()
+        from timm.models.swin_transformer_v2 import WindowAttention as Timm
+
+        self.heads, self.tokens = frozen.heads, frozen.window**2
+        timm = Timm(frozen.proj.in_features, (frozen.window, frozen.window), frozen.heads)
+        timm.cpb_mlp.load_state_dict(frozen.cpb_mlp.state_dict())
+        self.cpb_mlp = timm.cpb_mlp
+        self.register_buffer("coordinates", timm.relative_coords_table)
+        self.register_buffer("index", timm.relative_position_index.flatten())
+
+    def forward(self, qkv: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind()
+        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+        logits = logits * logit_scale.clamp(max=math.log(100)).exp().to(q.dtype)
+        table = self.cpb_mlp(self.coordinates).view(-1, self.heads)
+        position = table[self.index].view(self.tokens, self.tokens, -1).permute(2, 0, 1).contiguous()
+        logits = logits + 16 * position.sigmoid()
+        if mask is not None:
+            logits = logits + mask.unsqueeze(1).to(q.dtype)
+        return logits.softmax(-1) @ v
+
+
+_SDPA = {
+    "sdpa-math": SDPBackend.MATH,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def _least(batches: Sequence[int]) -> Sequence[int]:
+    return [min(batches)]
+
+
+def _most(batches: Sequence[int]) -> Sequence[int]:
+    """Ops are compared at the size at which most of their time is their own."""
+    return [max(batches)]
+
+
+CASES = {
+    "ave": Case("the AVE network, LAVISH on Swin-V2", _one, _ave, MODES),
+    "ave-vit": Case("the AVE network, LAVISH on ViT-B with r = 4 (Table 2)", _one, _ave_vit, MODES),
+    "latents": Case(
+        "the AVE network against its latent tokens (Figure 1)",
+        lambda _: [{"latents": m} for m in LATENTS],
+        _latents,
+        batches=_least,
+    ),
+    "cmbs": Case("CMBS: frozen Swin-V2 and VGGish, and its head (Table 4)", _one, _cmbs, MODES, ("float64",)),
+    "mbt": Case("MBT-B/16x2 (Table 2)", _one, _mbt, MODES),
+    **{
+        name: Case(f"{name.upper()}: R(2+1)D-18 and a ResNet (Table 2)", _one, _encoders(name), MODES)
+        for name in ("xdc", "avts", "gdt")
+    },
+    "backbone": Case(
+        "the bare backbone on the images of a clip", lambda _: [{"backbone": "swin"}, {"backbone": "vit"}], _backbone
+    ),
+    "gather_latents": Case("latents gather from a stream", _latent_settings, _gather_latents, batches=_most),
+    "read_latents": Case("a stream reads the latents", _latent_settings, _read_latents, batches=_most),
+    "grouped_linear": Case("the adapter's first 1x1 convolution", _adapter_settings, _grouped_linear, batches=_most),
+    "adapter": Case("one stream's adapter", _adapter_settings, _adapter, batches=_most),
+    "window_attention": Case(
+        "Swin-V2's attention between its two products", _stage_settings, _window_attention, batches=_most
+    ),
+}
+
+
+def refusal(case: str, mode: str, path: str, precision: str, device: str) -> str | None:
+    """Why something cannot be measured on this device, as far as that is known beforehand."""
+    if device == "cpu" and precision == "tf32":
+        return "tf32 is the arithmetic of CUDA's tensor cores"
+    if device == "cpu" and mode == "training" and case in ("xdc", "avts", "gdt") and precision.startswith("bfloat16"):
+        return "torch's CPU weight gradient of a (3, 1, 1) convolution in bfloat16 is not a number"
+    if path == "xformers" and device != "cuda":
+        return f"xformers' attention takes CUDA tensors, got {device}"
+    if path == "fused":
+        names = [case] if case in ops.OPS else [name for name in ops.OPS if name != "attention"]
+        tensor = torch.empty(0, device=device)
+        return "; ".join(dict.fromkeys(reason for name in names for reason in _checks.reasons(name, tensor))) or None
+    return None

@@ -1,0 +1,136 @@
+"""The ladder: what each technique adds to the one below it, each in a fresh process; speed, memory and error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One technique more than the rung before. execution None: the one that the ladder is asked for."""
+
+    label: str
+    path: str
+    dtype: str = "bfloat16"
+    execution: str | None = None
+
+
+RUNGS = (
+    Rung("released order, float32", "released", "float32", "eager"),
+    Rung("+ bfloat16", "released", execution="eager"),
+    Rung("+ torch.compile", "released-bmm"),
+    Rung("+ streams in one batch", "concatenated"),
+    Rung("+ constants folded", "folded"),
+    Rung("+ xformers attention", "xformers"),
+    Rung("+ fused kernels", "fused"),
+    Rung("+ CUDA graph", "fused", execution="blocks+graph"),
+)
+
+
+def climb(
+    device: str, preset: str, batch: int, execution: str, seconds: float, timeout: float | None
+) -> Iterator[dict[str, Any]]:
+    """The row of each of RUNGS in turn, also of one whose process dies or takes longer than `timeout` seconds."""
+    for rung in RUNGS:
+        how = rung.execution or execution
+        key = {"case": "ave", "mode": "inference", "preset": preset, "batch": batch, "setting": {}}
+        key |= {"path": rung.path, "execution": how, "dtype": rung.dtype}
+        if rung.path == "released-bmm" and how == "eager":
+            yield _row(device, key, "skipped", "asked for eager")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "rung.jsonl"
+            command = [sys.executable, "-m", "benchmarks", "run", "--case", "ave", "--mode", "inference"]
+            command += ["--device", device, "--preset", preset, "--batch", str(batch), "--path", rung.path]
+            command += ["--execution", how, "--dtype", rung.dtype, "--seconds", str(seconds), "--out", str(out)]
+            try:
+                done = subprocess.run(command, cwd=results.ROOT.parents[1], capture_output=True, timeout=timeout)
+            except subprocess.TimeoutExpired:
+                yield _row(device, key, "skipped", f"it took longer than {timeout:.0f} s")
+                continue
+            if out.is_file():
+                yield results.read(out)[-1]
+            else:
+                last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
+                yield _row(device, key, "failed", f"exit code {done.returncode}: {last[0][:200]}")
+
+
+def _row(device: str, key: dict[str, Any], status: str, reason: str) -> dict[str, Any]:
+    return {"date": results.now(), **results.environment(device), **key, "status": status, "reason": reason}
+
+
+def figure(rungs: Sequence[tuple[Rung, dict[str, Any]]]) -> Figure:
+    """Samples per second as bars, memory and error beside them; a rung without a time says why."""
+    from matplotlib.figure import Figure
+
+    ink, muted, blue, grey = "#1f2933", "#7b8794", "#0072b2", "#dde2e7"
+    top = max((row["samples_per_s"] for _, row in rungs if row["status"] == "ok"), default=1.0)
+    first = next((row["samples_per_s"] for _, row in rungs if row["status"] == "ok"), None)
+    height = 0.5 * len(rungs) + 1.3
+    chart = Figure(figsize=(10, height), dpi=120, facecolor="white")
+    axes = chart.add_axes((0.2, 0.45 / height, 0.45, 1 - 1.2 / height))
+    for i, (rung, row) in enumerate(rungs):
+        y = len(rungs) - 1 - i
+        axes.text(-0.02 * top, y, rung.label, ha="right", va="center", color=ink, fontsize=10)
+        if row["status"] != "ok":
+            axes.barh(y, top, 0.62, color="none", edgecolor=grey, hatch="///", linewidth=0)
+            text = _shorten(f"{row['status']}: {row['reason']}", 62)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+            axes.text(0.01 * top, y, text, ha="left", va="center", color=muted, fontsize=8, bbox=box)
+            continue
+        speed = row["samples_per_s"]
+        axes.barh(y, speed, 0.62, color=blue, alpha=0.9)
+        low, high = (row["batch"] / row[q] * 1e3 for q in ("q80_ms", "q20_ms"))
+        axes.plot([low, high], [y, y], color=ink, linewidth=1)
+        text = f"{speed:.3g}/s  {speed / first:.2f}x"
+        axes.text(0.01 * top, y, text, ha="left", va="center", color="white" if speed > 0.2 * top else ink, fontsize=9)
+        for x, value in ((1.1, _mib(row["peak_mib"])), (1.27, f"{row['error']:.1e}"), (1.44, _share(row))):
+            axes.text(x * top, y, value, ha="left", va="center", color=ink, fontsize=9)
+    for x, title in ((1.1, "memory"), (1.27, "error"), (1.44, "of the limit")):
+        axes.text(x * top, len(rungs) - 0.35, title, ha="left", va="bottom", color=muted, fontsize=9)
+    axes.set_xlim(0, top)
+    axes.set_ylim(-0.6, len(rungs) - 0.4)
+    axes.set_yticks([])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=muted, labelsize=8)
+    axes.set_xlabel("clips per second: the median, and as a line the 20-80 % range", color=muted, fontsize=8)
+    row = rungs[0][1]
+    title = f"AVE inference, {row['preset']} preset, batch {row['batch']}, {row['device']}"
+    chart.text(0.012, 1 - 0.18 / height, title, ha="left", va="top", color=ink, fontsize=11, weight="bold")
+    return chart
+
+
+def _mib(value: float) -> str:
+    return f"{value / 1024:.1f} GiB" if value >= 1024 else f"{value:.0f} MiB"
+
+
+def _share(row: dict[str, Any]) -> str:
+    return f"{row['roofline_share']:.0%}"
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def draw(rows: Sequence[tuple[Rung, dict[str, Any]]], stem: Path) -> list[Path]:
+    """Writes the picture as SVG and PNG, and returns where."""
+    from matplotlib import rc_context
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_suffix(suffix) for suffix in (".svg", ".png")]
+    with rc_context({"svg.hashsalt": "ladder", "svg.fonttype": "none"}):
+        chart = figure(rows)
+        for path in paths:
+            chart.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return paths

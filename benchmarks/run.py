@@ -1,0 +1,373 @@
+"""Measures cases: parity first, then the clock. Every candidate gives one row, whatever becomes of it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import measure, results, roofline
+from benchmarks.cases import CASES, MODES, PRESETS, Problem, refusal
+from benchmarks.measure import PRECISIONS, MatrixWork, Unavailable, relative_error
+from lavish_fast import ops
+
+# These must do at least half as well as the reference in the same precision, the others' errors are only shown.
+STRICT = ("concatenated", "folded", "fused")
+_ROUNDS_KEPT = 100
+_ALL = dict.fromkeys(("path", "execution", "dtype"), "all")
+
+
+@dataclass
+class Candidate:
+    """One way to compute one problem, and what came of it."""
+
+    key: dict[str, Any]
+    row: dict[str, Any] = field(default_factory=dict)
+    call: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to measure: every combination of these, where a case has it.
+
+    precisions, executions: None for the usual ones (`usual`). paths: None for all of a case's. seconds: of timing per
+    candidate. budget: seconds after which nothing new begins.
+    """
+
+    device: str
+    preset: str
+    batches: Sequence[int]
+    cases: Sequence[str] = tuple(CASES)
+    modes: Sequence[str] = MODES
+    precisions: Sequence[str] | None = None
+    executions: Sequence[str] | None = None
+    paths: Sequence[str] | None = None
+    seconds: float = 0.2
+    budget: float = float("inf")
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What is measured side by side: a case in a mode at a setting and a batch size."""
+        preset = PRESETS[self.preset]
+        return [
+            {"case": name, "mode": mode, "preset": self.preset, "batch": batch, "setting": setting}
+            for name in self.cases
+            for mode in CASES[name].modes
+            if mode in self.modes
+            for setting in CASES[name].settings(preset)
+            for batch in CASES[name].batches(self.batches)
+        ]
+
+    def candidates(self, group: dict[str, Any], paths: Iterable[str]) -> Iterator[dict[str, str]]:
+        """The candidates of a group, by path, execution and dtype."""
+        for path in paths:
+            if self.paths is not None and path not in self.paths:
+                continue
+            usual = list(_usual(self.device, group, path))
+            for execution in self.executions or dict.fromkeys(execution for execution, _ in usual):
+                ours = [name for e, name in usual if e == execution] or [name for _, name in usual]
+                for name in self.precisions or dict.fromkeys(ours):
+                    yield {"path": path, "execution": execution, "dtype": name}
+
+
+# What is compiled on a card, and how. By blocks, the code of one serves all blocks of its shape.
+_COMPILED = {
+    ("ave", "released"): "blocks",
+    ("ave", "released-bmm"): "blocks",
+    ("ave", "folded"): "blocks",
+    ("ave", "fused"): "blocks",
+    ("backbone", "timm"): "blocks",
+    ("window_attention", "timm-order"): "compile",
+    ("window_attention", "reference"): "compile",
+    ("adapter", "reference"): "compile",
+}
+
+
+def _usual(device: str, group: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
+    """Executions and precisions that are measured unless others are asked for.
+
+    Nothing is compiled on a CPU: there Inductor's C++ takes minutes for a network of any size.
+    """
+    case, training = group["case"], group["mode"] == "training"
+    network = case not in ops.OPS and case != "adapter"
+    precisions = ["float32"] if case == "latents" and device == "cpu" else ["float32", "bfloat16"]
+    if case == "ave" and path in ("reference", "released", "released-bmm"):
+        precisions.append("bfloat16-autocast")
+    if device == "cuda":
+        precisions.append("tf32")
+    precisions += CASES[case].extra_precisions
+    yield from (("eager", name) for name in precisions)
+    compiled = _COMPILED.get((case, path))
+    if device == "cuda" and compiled:
+        yield compiled if training or not network else "blocks+graph", "bfloat16"
+        if network and path.startswith("released") and not training:
+            yield "blocks+graph", "bfloat16-autocast"
+
+
+class Truth:
+    """A problem's outputs, or loss and gradients, in float64, and the matrix products that they take."""
+
+    def __init__(self, problem: Problem, path: str, device: str, training: bool) -> None:
+        self.problem, self.training = problem, training
+        function = problem.build(path, torch.float64, device, training=training)
+        inputs = problem.batch(1, torch.float64, device)
+        # Attention as plain products, which can be counted.
+        with MatrixWork() as self.work, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(training):
+            outputs = function(*inputs)
+            if training:
+                problem.loss(outputs, problem.labels.to(device)).backward()
+        self.outputs = problem.rows(outputs).detach()
+        self.gradients = problem.gradients(path, function) if training else {}
+
+    def error(self, path: str, function: Callable, outputs: Any, repeats: int) -> float:
+        """The error of outputs, or in training the larger of that and the gradients' as one vector."""
+        rows = self.problem.rows(outputs)
+        error = relative_error(rows, self.outputs.repeat(repeats, *(1,) * (self.outputs.ndim - 1)))
+        if not self.training:
+            return error
+        got = self.problem.gradients(path, function)
+        if got.keys() != self.gradients.keys():
+            return float("inf")
+        return relative_error(torch.cat([got[name] for name in self.gradients]), torch.cat([*self.gradients.values()]))
+
+
+def measure_all(selection: Selection, report: Callable[[dict[str, Any]], None]) -> Iterator[str]:
+    """Measures a selection, and reports each row as soon as it is there; yields what each group is, before it."""
+    started = time.monotonic()
+    limits: dict[str, roofline.Limits] = {}
+    shared: dict[str, Any] = {}
+    for key in selection.groups():
+        yield " ".join([key["case"], key["mode"], *(f"{k} {v}" for k, v in key["setting"].items())])
+        # Batches of a case share its truth.
+        what = str([key[name] for name in ("case", "mode", "setting")])
+        if shared.get("what") != what:
+            shared = {"what": what}
+        for row in Group(selection, key, limits, shared, started).measure():
+            report(row)
+
+
+class Group:
+    """The candidates of one problem at one batch size: those that are measured side by side."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        key: dict[str, Any],
+        limits: dict[str, roofline.Limits],
+        shared: dict[Any, Any],
+        started: float,
+    ) -> None:
+        self.selection, self.key, self.limits, self.started = selection, key, limits, started
+        self.shared = shared
+        self.device, self.training = selection.device, key["mode"] == "training"
+        self.clips = 1 if key["batch"] == 1 else 2
+        self.repeats = key["batch"] // self.clips
+
+    def measure(self) -> Iterator[dict[str, Any]]:
+        if self._late():
+            yield self._row(_ALL, "skipped", "the time budget was spent")
+            return
+        self._prepare_problem()
+        candidates = list(self._candidates())
+        if not candidates:
+            return
+        try:
+            self._prepare_truth()
+        except Exception as error:
+            memory = measure.is_out_of_memory(error)
+            what = "out of memory" if memory else "failed"
+            yield self._row(_ALL, what, f"already the float64 truth: {type(error).__name__}: {_one_line(error)}")
+            return
+        # On a CPU they take turns, see time_rounds; on a GPU each has the memory to itself.
+        for together in [candidates] if self.device == "cpu" else [[c] for c in candidates]:
+            ready = [c for c in together if self._prepare(c)]
+            if ready:
+                try:
+                    times = measure.time_rounds([c.call for c in ready], self.device, self.selection.seconds)
+                except Exception as error:
+                    self._fail(ready[0], error)
+                    times = []
+                for candidate, measured in zip(ready, times):
+                    self._time(candidate, measured)
+            for candidate in together:
+                candidate.call = None
+                yield candidate.row
+            gc.collect()
+
+    def _prepare_problem(self) -> None:
+        if ("problem", self.clips) not in self.shared:
+            case, preset = CASES[self.key["case"]], PRESETS[self.selection.preset]
+            self.shared["problem", self.clips] = case.problem(preset, self.key["setting"], self.clips)
+        self.problem: Problem = self.shared["problem", self.clips]
+
+    def _prepare_truth(self) -> None:
+        if ("truth", self.clips) not in self.shared:
+            self.shared["truth", self.clips] = Truth(self.problem, "reference", self.device, self.training)
+        self.truth: Truth = self.shared["truth", self.clips]
+        self.control: dict[str, float] = {}
+
+    def _candidates(self) -> Iterator[Candidate]:
+        trains = self.problem.trains
+        paths = [path for path in self.problem.paths if not self.training or trains is None or path in trains]
+        yield from (Candidate(key) for key in self.selection.candidates(self.key, paths))
+
+    def _late(self) -> bool:
+        return time.monotonic() - self.started > self.selection.budget
+
+    def _row(self, key: dict[str, Any], status: str, reason: str | None = None, **values: Any) -> dict[str, Any]:
+        environment = {"date": results.now(), **results.environment(self.device)}
+        return {**environment, **self.key, **key, "status": status, "reason": reason, **values}
+
+    def _fail(self, candidate: Candidate, error: Exception) -> None:
+        text = _one_line(error)
+        cause = error
+        while cause is not None and not isinstance(cause, Unavailable):
+            cause = cause.__cause__ or cause.__context__
+        if measure.is_out_of_memory(error):
+            status = "out of memory"
+        elif cause is not None:
+            status, text = "skipped", str(cause)
+        else:
+            status, text = "failed", f"{type(error).__name__}: {text}"
+        candidate.call, candidate.row = None, self._row(candidate.key, status, text)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _prepare(self, candidate: Candidate) -> bool:
+        """Builds, runs once and checks a candidate. False: its row already says why it gets no time."""
+        if self._late():
+            candidate.row = self._row(candidate.key, "skipped", "the time budget was spent")
+            return False
+        path, dtype = candidate.key["path"], candidate.key["dtype"]
+        reason = refusal(self.key["case"], self.key["mode"], path, dtype, self.device)
+        if reason:
+            candidate.row = self._row(candidate.key, "skipped", reason)
+            return False
+        try:
+            self._check(candidate)
+        except Exception as error:
+            self._fail(candidate, error)
+            return False
+        return candidate.row["status"] == "ok"
+
+    def _check(self, candidate: Candidate) -> None:
+        path, execution, name = (candidate.key[k] for k in ("path", "execution", "dtype"))
+        precision = PRECISIONS[name]
+        cap = precision.gradient_cap if self.training else precision.cap
+        if execution != "eager":
+            torch._dynamo.reset()
+        memory = measure.Memory(self.device)
+        module = self.problem.build(path, precision.weights, self.device, training=self.training)
+        inputs = self.problem.batch(self.repeats, precision.weights, self.device)
+        with measure.precision(name, self.device), torch.set_grad_enabled(self.training):
+            start = time.perf_counter()
+            function = measure.execute(module, execution, inputs, training=self.training)
+            step = self._step(module, function, inputs)
+            outputs = step(update=False)
+            self._synchronise()
+            first = time.perf_counter() - start
+            start = time.perf_counter()
+            outputs = step(update=False)  # again: what was compiled or captured for later calls counts
+            self._synchronise()
+            second = time.perf_counter() - start
+            error = self.truth.error(path, module, outputs, self.repeats)
+        del outputs
+        budget = min(cap, 2 * self._control(name) + 4 * precision.eps) if path in STRICT else cap
+        ok = error <= budget
+        candidate.row = self._row(
+            candidate.key,
+            "ok" if ok else "wrong",
+            None if ok else f"error {error:.2g} is over the budget of {budget:.2g}",
+            # JSON has no infinity
+            error=error if error < float("inf") else None,
+            error_budget=budget,
+            compile_s=max(first - second, 0.0) if execution != "eager" else None,
+        )
+
+        def call() -> None:
+            with measure.precision(name, self.device), torch.set_grad_enabled(self.training):
+                step(update=True)
+
+        if ok:
+            candidate.row["peak_mib"] = memory.peak(call, *inputs, *([module] if isinstance(module, nn.Module) else []))
+            candidate.row |= measure.launches(call, self.device) or {"launches": None, "kernels": None}
+            candidate.call = call
+
+    def _control(self, name: str) -> float:
+        """The error of the reference, as it is, in this precision."""
+        if name not in self.control:
+            weights = PRECISIONS[name].weights
+            module = self.problem.build("reference", weights, self.device, training=self.training)
+            inputs = self.problem.batch(1, weights, self.device)
+            with measure.precision(name, self.device), torch.set_grad_enabled(self.training):
+                outputs = self._step(module, module, inputs, repeats=1)(update=False)
+            self.control[name] = self.truth.error("reference", module, outputs, 1)
+        return self.control[name]
+
+    def _step(self, module: Callable, function: Callable, inputs: tuple[Tensor, ...], repeats: int = 0) -> Callable:
+        """One forward, or forward, backward and Adam's update; returns the outputs."""
+        if not self.training:
+            return lambda update: function(*inputs)
+        assert isinstance(module, nn.Module)
+        labels = self.problem.labels.to(self.device).repeat(repeats or self.repeats, 1).squeeze(-1)
+        if self.problem.labels.ndim == 1:
+            labels = self.problem.labels.to(self.device).repeat(repeats or self.repeats)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=1e-6, fused=self.device == "cuda")
+
+        def step(update: bool) -> Any:
+            optimizer.zero_grad(set_to_none=True)
+            outputs = function(*inputs)
+            # Outside autocast, as every training loop has it.
+            with torch.autocast(self.device, enabled=False):
+                loss = self.problem.loss(outputs, labels)
+            loss.backward()
+            if update:
+                optimizer.step()
+            return outputs
+
+        return step
+
+    def _synchronise(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _time(self, candidate: Candidate, times: list[float]) -> None:
+        low, median, high = measure.quantiles(times)
+        precision = PRECISIONS[candidate.key["dtype"]]
+        if precision.limit not in self.limits:
+            self.limits[precision.limit] = roofline.measure_limits(self.device, precision.limit)
+        itemsize, batch = precision.weights.itemsize if not precision.autocast else 2, self.key["batch"]
+        if self.problem.work is None:
+            work = self.truth.work.ops(itemsize, batch / self.clips)
+        else:
+            work = self.problem.work(batch, itemsize, self.training)
+        limits = self.limits[precision.limit]
+        flops, moved = sum(op.total_flops for op in work), sum(op.total_bytes for op in work)
+        least = roofline.floor(work, limits) * 1e3
+        candidate.row |= {
+            "median_ms": median,
+            "q20_ms": low,
+            "q80_ms": high,
+            "samples_per_s": batch / median * 1e3,
+            "flops": flops,
+            "bytes": moved,
+            "work": "matrix products" if self.problem.work is None else "roofline",
+            "tflops_per_s": flops / median / 1e9,
+            "gb_per_s": moved / median / 1e6,
+            "limit_tflops": limits.tflops,
+            "limit_gb_per_s": limits.gb_per_s,
+            "roofline_ms": least,
+            "roofline_share": least / median,
+            "clocks": results.clocks(self.device),
+            "times_ms": [round(t, 4) for t in times[:_ROUNDS_KEPT]],
+        }
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

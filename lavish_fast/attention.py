@@ -1,0 +1,75 @@
+"""Swin-V2's cosine attention by the attention kernels of PyTorch and xformers.
+
+They take the normalised q and k, and position bias and shift mask as one additive bias in the type of q. Windows are
+joined to the heads, so that the bias of one image serves all images by a stride of zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_ALIGNMENT = 8  # elements: what xformers' kernel asks of a bias's rows
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    *,
+    backend: SDPBackend | None = None,
+) -> Tensor:
+    """`reference.window_attention` by `scaled_dot_product_attention`, on the backend named and no other.
+
+    Without a name it is the memory-efficient kernel on CUDA, the flash kernel on a CPU. Left to itself PyTorch may take
+    cuDNN on Hopper, which reads a float32 bias beside a bfloat16 q wrongly.
+
+    Raises: RuntimeError where this backend does not take these tensors.
+    """
+    if backend is None:
+        backend = SDPBackend.EFFICIENT_ATTENTION if q.is_cuda else SDPBackend.FLASH_ATTENTION
+    shape = v.shape
+    q, k, v, bias = _prepare(q, k, v, logit_scale, bias, mask)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, bias.unsqueeze(0), scale=1.0).view(shape)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """`reference.window_attention` by xformers' memory_efficient_attention, whose cutlass kernel takes a bias.
+
+    The bias's rows lie in a buffer whose width is a multiple of 8 (36 tokens in 40), as the kernel requires.
+
+    Raises: ImportError without xformers, ValueError for CPU tensors.
+    """
+    try:
+        from xformers.ops import fmha
+    except ImportError:
+        raise ImportError("xformers is missing: pip install 'xformers==0.0.35'") from None
+    if not q.is_cuda:
+        raise ValueError(f"xformers: expected CUDA tensors, got {q.device.type}")
+    shape, tokens = v.shape, v.shape[-2]
+    q, k, v, bias = _prepare(q, k, v, logit_scale, bias, mask)
+    padded = bias.new_empty(*bias.shape[:-1], -(-tokens // _ALIGNMENT) * _ALIGNMENT)
+    padded[..., :tokens] = bias
+    bias = padded[..., :tokens].unsqueeze(0).expand(len(q), -1, -1, -1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    op = (fmha.cutlass.FwOp, None)
+    out = fmha.memory_efficient_attention(q, k, v, attn_bias=bias, scale=1.0, op=op)
+    return out.transpose(1, 2).view(shape) if len(shape) == 4 else out.transpose(1, 2).unflatten(1, shape[1:3])
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (n, windows, heads, N, d) -> (n, windows * heads, N, d), and the bias (windows * heads, N, N)."""
+    wide, dtype = torch.promote_types(q.dtype, torch.float32), v.dtype
+    q = (F.normalize(q.to(wide), dim=-1) * logit_scale.to(wide)).to(dtype)
+    k = F.normalize(k.to(wide), dim=-1).to(dtype)
+    bias = bias if mask is None else bias + mask.unsqueeze(1)
+    bias = bias.expand(q.shape[1], *bias.shape[-3:]).flatten(0, 1).to(dtype)
+    return *(x.flatten(1, 2) for x in (q, k, v)), bias
