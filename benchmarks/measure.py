@@ -47,7 +47,7 @@ class Precision:
 
 PRECISIONS = {
     "float64": Precision(torch.float64, "float64", 1e-10, 1e-8),
-    "float32": Precision(torch.float32, "float32", 1e-5, 1e-2),
+    "float32": Precision(torch.float32, "float32", 1e-5, 5e-2),
     "tf32": Precision(torch.float32, "tf32", 2e-2, 0.3),
     "bfloat16-autocast": Precision(torch.float32, "bfloat16", 0.1, 0.5, autocast=True),
     "bfloat16": Precision(torch.bfloat16, "bfloat16", 0.1, 0.5),
