@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,8 @@ def main() -> None:
         sys.exit("benchmarks: interrupted")
     except Exception as error:
         text = error.format_message() if hasattr(error, "format_message") else str(error)
+        if isinstance(error, OSError) and error.filename:
+            text = f"{error.filename}: {error.strerror}"
         if not hasattr(error, "format_message") and not isinstance(error, (ValueError, OSError, ImportError)):
             raise
         print(f"benchmarks: {' '.join(text.split())}", file=sys.stderr)
@@ -124,6 +127,8 @@ def run(
     from benchmarks.run import Selection
 
     device = _device(device)
+    if device == "cuda" and find_spec("pynvml") is None:
+        _console().print("no clocks, power and driver: nvidia-ml-py is missing: pip install -e '.\\[benchmarks]'")
     selection = Selection(
         device,
         _preset(preset, device),
@@ -171,6 +176,70 @@ def ladder(
     pictures = module.draw(rungs, out.with_suffix(""))
     console.print(f"rows in {out}, pictures in {', '.join(map(str, pictures))}", soft_wrap=True)
     return 1 if any(row["status"] in ("wrong", "failed") for _, row in rungs) else 0
+
+
+@app.command()
+def roofline(
+    model: Annotated[str, typer.Option(help="A preset of lavish_fast.Config.")] = "ave-swinv2-large",
+    batch: Annotated[int, typer.Option(min=1, help="Clips at once.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float64, float32, tf32, bfloat16, float16.")] = "bfloat16",
+    training: Annotated[bool, typer.Option("--training", help="A training step instead of a forward.")] = False,
+    bare: Annotated[bool, typer.Option("--bare", help="The backbone alone, without adapters and head.")] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="Each adapter as one kernel instead of four.")] = False,
+    tflops: Annotated[float | None, typer.Option(min=0, help="The device's matrix products, 1e12 FLOP/s.")] = None,
+    gb_per_s: Annotated[float | None, typer.Option(min=0, help="Its memory, 1e9 bytes/s, read plus written.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure both limits again.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda: whose limits.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of measured limits, by default under results/.")] = None,
+) -> None:
+    """Bytes, FLOPs and the least time of every op, from the shapes alone.
+
+    Limits that are not given are the last that were measured on this device; they are measured where there are none.
+    """
+    from benchmarks import roofline as module
+    from lavish_fast.config import Config
+
+    choose("model", model, Config.presets(), ())
+    choose("dtype", dtype, module.DTYPES, ())
+    if device is not None:
+        choose("device", device, ("cpu", "cuda"), ())
+    device = device or ("cuda" if results.has_card() else "cpu")
+    if (tflops is None) != (gb_per_s is None):
+        raise typer.BadParameter("limits: expected both --tflops and --gb-per-s, or neither")
+    console = _console()
+    if tflops is None or gb_per_s is None:
+        out = out or results.folder(device) / "limits.jsonl"
+        limits = None if measure else _last_limits(out, dtype)
+        if limits is None:
+            with console.status(f"measuring {device}"):
+                limits = module.measure_limits(device, dtype)
+            row = {"date": results.now(), **results.environment(device), "dtype": dtype, **vars(limits)}
+            results.append(out, [row])
+        source = f"measured on {results.device_name(device)}"
+    else:
+        limits, source = module.Limits(tflops, gb_per_s), "given"
+    itemsize = {"float64": 8, "float32": 4, "tf32": 4}.get(dtype, 2)
+    ops = module.model_ops(
+        Config.from_preset(model), batch, itemsize=itemsize, training=training, adapters=not bare, fused=fused
+    )
+    console.print(module.table(ops, limits, batch))
+    what = "training step" if training else "forward"
+    console.print(
+        f"{model}, {what} of {batch} clips in {dtype}; limits {source}: "
+        f"{limits.tflops:.4g} TFLOP/s, {limits.gb_per_s:.4g} GB/s",
+        soft_wrap=True,
+    )
+
+
+def _last_limits(path: Path, dtype: str) -> Any:
+    import json
+
+    from benchmarks.roofline import Limits
+
+    if not path.is_file():
+        return None
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["dtype"] == dtype]
+    return Limits(rows[-1]["tflops"], rows[-1]["gb_per_s"]) if rows else None
 
 
 @app.command()

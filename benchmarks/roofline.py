@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lavish_fast.config import AdapterConfig, Config
@@ -460,10 +461,9 @@ def table(ops: Iterable[Op], limits: Limits, batch: int | None = None) -> Table:
         groups.setdefault((op.stage, op.name), []).append(op)
     everything = [op for group in groups.values() for op in group]
     total = floor(everything, limits)
-    text = Table(
-        title=f"Least work at {limits.tflops:.4g} TFLOP/s and {limits.gb_per_s:.4g} GB/s", caption_justify="left"
-    )
-    for column in ("stage", "op", "calls", "GFLOP", "MB", "FLOP/B", "bound", "us", "share"):
+    title = f"Least work at {limits.tflops:.4g} TFLOP/s and {limits.gb_per_s:.4g} GB/s"
+    text = Table(title=title, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    for column in ("stage", "op", "calls", "GFLOP", "MB", "FLOP/B", "bound", "ms", "share"):
         text.add_column(column, justify="left" if column in ("op", "bound") else "right", no_wrap=True)
     for (stage, name), group in groups.items():
         text.add_row(str(stage or ""), name, *_cells(group, limits, total))
@@ -480,10 +480,15 @@ def _cells(group: list[Op], limits: Limits, total: float) -> list[str]:
     by_compute = sum(seconds(op, limits) for op in group if op.flops / op.bytes > limits.tflops * 1e3 / limits.gb_per_s)
     return [
         str(sum(op.calls for op in group)),
-        f"{flops / 1e9:.4g}",
-        f"{size / 1e6:.4g}",
-        f"{flops / size:.3g}",
-        "compute" if 2 * by_compute > taken else "bandwidth",
-        f"{taken * 1e6:.4g}",
+        _digits(flops / 1e9),
+        _digits(size / 1e6),
+        _digits(flops / size),
+        "FLOPs" if 2 * by_compute > taken else "bytes",
+        f"{taken * 1e3:.3f}" if taken < 1 else f"{taken * 1e3:.0f}",
         f"{taken / total:.1%}",
     ]
+
+
+def _digits(value: float) -> str:
+    """Three digits or all before the point."""
+    return f"{value:.0f}" if value >= 100 or not value else f"{value:.3g}"

@@ -48,8 +48,8 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor,
     """
     try:
         from xformers.ops import fmha
-    except ImportError:
-        raise ImportError("xformers is missing: pip install 'xformers==0.0.35'") from None
+    except ImportError as error:
+        raise ImportError(f"xformers is missing: pip install 'xformers==0.0.35' ({error})") from error
     if not q.is_cuda:
         raise ValueError(f"xformers: expected CUDA tensors, got {q.device.type}")
     shape, tokens = v.shape, v.shape[-2]
@@ -60,7 +60,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor,
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     op = (fmha.cutlass.FwOp, None)
     out = fmha.memory_efficient_attention(q, k, v, attn_bias=bias, scale=1.0, op=op)
-    return out.transpose(1, 2).view(shape) if len(shape) == 4 else out.transpose(1, 2).unflatten(1, shape[1:3])
+    return out.transpose(1, 2).unflatten(1, shape[1:3])
 
 
 def _prepare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,11 +110,16 @@ class Inference(nn.Module):
                 adapters[name] = FoldedAdapter(adapter) if fold else adapter
         for block in model.backbone.blocks:
             block.attn.path = attention or path
-        self.blocks = nn.ModuleList(Block(*pair) for pair in zip(model.backbone.blocks, model.adapters))
+        self.blocks = nn.ModuleList(Block(*pair) for pair in zip(model.backbone.blocks, model.adapters, strict=True))
+        self.eval()
+
+    def train(self, mode: bool = True) -> Inference:
+        """Stays in evaluation, so that no BatchNorm takes a batch's own statistics."""
+        return super().train(False)
 
     @torch.no_grad()
-    def forward(self, audio: Tensor, video: Tensor | None = None) -> Tensor:
-        """(B, T, frames, mel bins), (B, T, 3, S, S) -> class probabilities (B * T, K)."""
+    def forward(self, audio: Any, video: Tensor | None = None) -> Tensor:
+        """(B, T, frames, mel bins) or a list that starts with it, (B, T, 3, S, S) -> class probabilities (B * T, K)."""
         images, backbone = self.model._images(audio, video), self.model.backbone
         x = backbone.embed(torch.cat((images["audio"], images["video"])))
         for i, block in enumerate(self.blocks):

@@ -292,9 +292,9 @@ def test_seconds_are_the_longer_of_compute_and_bandwidth():
     console = Console(file=io.StringIO(), width=200)
     console.print(roofline.table([compute, bandwidth], limits, batch=14))
     lines = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines()]
-    assert ["1", "a", "3", "1.2e+04", "3000", "4e+03", "compute", "6e+06", "85.7%"] in lines
-    assert ["2", "b", "2", "2", "1e+05", "0.02", "bandwidth", "1e+06", "14.3%"] in lines
-    assert ["total", "5", "1.2e+04", "1.03e+05", "117", "compute", "7e+06", "100.0%"] in lines
+    assert ["1", "a", "3", "12000", "3000", "4000", "FLOPs", "6000", "85.7%"] in lines
+    assert ["2", "b", "2", "2", "100000", "0.02", "bytes", "1000", "14.3%"] in lines
+    assert ["total", "5", "12002", "103000", "117", "FLOPs", "7000", "100.0%"] in lines
     assert "2 samples/s at most" in console.file.getvalue()
 
 

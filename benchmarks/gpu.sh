@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Everything that a machine with a CUDA card has to tell, in one command and at most nine minutes: parity on the card,
+# the kernels, inference, the ladder, training, the limits, the peers. What does not fit is listed as skipped; results
+# are written as they come, so that a cut loses nothing.
+#
+#   benchmarks/gpu.sh [--out FOLDER] [--budget SECONDS] [--dry]
+#
+# --dry runs the same on a CPU at tiny sizes. PYTHON names the interpreter (default python3); no network is needed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} out="" budget=540 dry=""
+while (($#)); do
+    case $1 in
+    --out) out=$2 && shift 2 ;;
+    --budget) budget=$2 && shift 2 ;;
+    --dry) dry=1 && shift ;;
+    *) echo "gpu.sh: expected --out FOLDER, --budget SECONDS or --dry, got $1" >&2 && exit 2 ;;
+    esac
+done
+
+missing=""
+lacks() { # MODULE WHAT: says what goes without it
+    "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is not None)" && {
+        echo "missing: $1 ($2)"
+        missing+=" $1"
+    }
+}
+for module in torch triton timm safetensors typer rich; do lacks $module "nothing runs without it"; done
+if [[ $missing ]]; then
+    echo "gpu.sh: expected$missing, which 'pip install -e .[test,benchmarks]' brings" >&2
+    exit 2
+fi
+lacks xformers "no xformers attention"
+lacks torchvision "no XDC, AVTS and GDT"
+lacks pynvml "no clocks, power and driver in the rows"
+lacks pytest "no parity tests on the card"
+lacks matplotlib "no picture of the ladder"
+"$python" -c "import lavish_fast.kernels" 2>/dev/null ||
+    "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e . || exit 2
+
+if [[ $dry ]]; then
+    common="--device cpu --preset small" batches=1,2 seconds=0.05 execution=eager batch=1
+else
+    common="--device cuda --preset paper" batches=2,8,32 seconds=0.3 execution=blocks batch=8
+    "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
+        echo "gpu.sh: expected a CUDA card, got none (--dry runs on a CPU)" >&2
+        exit 2
+    }
+fi
+device=${common#--device } device=${device%% *}
+out=${out:-$("$python" -c "from benchmarks import results; print(results.folder('$device'))")}
+mkdir -p "$out"
+steps=$out/steps.txt
+began=$SECONDS failed=""
+say() { echo "$*" | tee -a "$steps"; }
+say "gpu.sh ${dry:+--dry }$(date -u +%FT%TZ) commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), $budget s${missing:+, missing$missing}"
+
+step() { # NAME LIMIT COMMAND...: within its limit and what is left of the budget
+    local name=$1 limit=$2 left=$((budget - SECONDS + began)) start=$SECONDS code
+    shift 2
+    if ((left < 15)); then
+        say "skipped   $name: $left s are left"
+        return
+    fi
+    ((limit = limit < left ? limit : left))
+    echo "== $name, at most $limit s"
+    # A step stops by itself before it is stopped.
+    timeout --kill-after=5 "$limit" env BUDGET=$((limit * 7 / 10)) "$@"
+    code=$?
+    case $code in
+    0) say "done      $name: $((SECONDS - start)) s" ;;
+    124 | 137) say "cut off   $name: after $((SECONDS - start)) s" ;;
+    *) say "exit $code    $name: $((SECONDS - start)) s" && failed+=" $name" ;;
+    esac
+}
+bench() { # the step's budget reaches the runner through the environment
+    bash -c '"$0" -m benchmarks run --budget "$BUDGET" "$@"' "$python" $common --seconds "$seconds" --out "$out/bench.jsonl" "$@"
+}
+export -f bench
+export python common seconds out
+run() { # NAME LIMIT ARGUMENTS...
+    local name=$1 limit=$2
+    shift 2
+    step "$name" "$limit" bash -c 'bench "$@"' bench "$@"
+}
+
+[[ " $missing " == *" pytest "* ]] || step "parity tests on the card" 80 "$python" -m pytest -m gpu -p no:cacheprovider tests
+for dtype in bfloat16 float32; do
+    step "roofline, $dtype" 20 "$python" -m benchmarks roofline --measure --device "$device" --dtype $dtype \
+        --out "$out/limits.jsonl"
+done
+run "kernels" 70 --case gather_latents,read_latents,grouped_linear,adapter,window_attention --batch "${batches##*,}"
+run "inference" 110 --case ave,backbone --mode inference --batch "$batches"
+step "ladder" 170 "$python" -m benchmarks ladder $common --batch $batch --execution $execution --seconds "$seconds" \
+    --timeout 50 --out "$out/ladder.jsonl"
+run "training" 100 --case ave --mode training --batch "$batches"
+run "peers" 90 --case cmbs,mbt,ave-vit,xdc,avts,gdt --batch "${batches%%,*}"
+
+echo
+cat "$steps"
+[[ -z $failed ]]
