@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`. Exit codes: 0 done, 1 something measured wrong or failed, 2 bad usage."""
+"""The command `python -m benchmarks`. Exit codes: 0 done, 1 wrong or failed, 2 bad usage, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False, prog_name="python -m benchmarks")
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit("benchmarks: interrupted")
+        print("benchmarks: interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         if isinstance(error, OSError) and error.filename:
@@ -47,7 +48,7 @@ def main() -> None:
         if not hasattr(error, "format_message") and not isinstance(error, (ValueError, OSError, ImportError)):
             raise
         print(f"benchmarks: {' '.join(text.split())}", file=sys.stderr)
-        code = getattr(error, "exit_code", 1)
+        code = getattr(error, "exit_code", 2)
     sys.exit(code or 0)
 
 
@@ -68,35 +69,38 @@ def choose(what: str, given: str | None, known: Iterable[str], default: Iterable
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise typer.BadParameter(f"{what}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
-    return names
+    return list(dict.fromkeys(names))
+
+
+def choose_one(what: str, given: str | None, known: Iterable[str], default: str) -> str:
+    """The same for an option that takes one name."""
+    names = choose(what, given, known, [default])
+    if len(names) > 1:
+        raise typer.BadParameter(f"{what}: expected one of {', '.join(known)}, got {given}")
+    return names[0]
 
 
 def _device(given: str | None) -> str:
     import torch
 
     cuda = torch.cuda.is_available()
-    device = choose("device", given, ("cpu", "cuda"), ["cuda" if cuda else "cpu"])
-    if len(device) > 1:
-        raise typer.BadParameter(f"device: expected one, got {given}")
-    if device[0] == "cuda" and not cuda:
+    device = choose_one("device", given, ("cpu", "cuda"), "cuda" if cuda else "cpu")
+    if device == "cuda" and not cuda:
         raise typer.BadParameter("device: expected one that is here: cpu, got cuda")
-    return device[0]
+    return device
 
 
 def _preset(given: str | None, device: str) -> str:
     from benchmarks.cases import PRESETS
 
-    names = choose("preset", given, PRESETS, ["paper" if device == "cuda" else "small"])
-    if len(names) > 1:
-        raise typer.BadParameter(f"preset: expected one, got {given}")
-    return names[0]
+    return choose_one("preset", given, PRESETS, "paper" if device == "cuda" else "small")
 
 
 def _batches(given: str | None, device: str) -> list[int]:
     if given is None:
         return [1, 2] if device == "cpu" else [1, 2, 4, 8, 16, 32]
     try:
-        batches = [int(part) for part in given.split(",")]
+        batches = list(dict.fromkeys(int(part) for part in given.split(",")))
     except ValueError:
         batches = [0]
     if any(batch < 1 or (batch > 1 and batch % 2) for batch in batches):
@@ -122,7 +126,7 @@ def run(
 
     Without --execution and --dtype each case has its usual ones: eager, and on a card the baselines also compiled.
     """
-    from benchmarks.cases import CASES, MODES
+    from benchmarks.cases import CASES, MODES, PATHS
     from benchmarks.measure import EXECUTIONS, PRECISIONS
     from benchmarks.run import Selection
 
@@ -137,7 +141,7 @@ def run(
         modes=choose("mode", mode, MODES, MODES),
         precisions=None if dtype is None else choose("dtype", dtype, PRECISIONS, ()),
         executions=None if execution is None else choose("execution", execution, EXECUTIONS, ()),
-        paths=None if path is None else [name.strip() for name in path.split(",")],
+        paths=None if path is None else choose("path", path, PATHS, ()),
         seconds=seconds,
         budget=budget,
     )
@@ -161,7 +165,7 @@ def ladder(
 
     device = _device(device)
     preset = _preset(preset, device)
-    choose("execution", execution, ("blocks", "eager"), ())
+    execution = choose_one("execution", execution, ("blocks", "eager"), "blocks")
     _batches(str(batch), device)
     out = out or results.folder(device) / "ladder.jsonl"
     console, rungs = _console(), []
@@ -199,11 +203,9 @@ def roofline(
     from benchmarks import roofline as module
     from lavish_fast.config import Config
 
-    choose("model", model, Config.presets(), ())
-    choose("dtype", dtype, module.DTYPES, ())
-    if device is not None:
-        choose("device", device, ("cpu", "cuda"), ())
-    device = device or ("cuda" if results.has_card() else "cpu")
+    model = choose_one("model", model, Config.presets(), model)
+    dtype = choose_one("dtype", dtype, module.DTYPES, dtype)
+    device = choose_one("device", device, ("cpu", "cuda"), "cuda" if results.has_card() else "cpu")
     if (tflops is None) != (gb_per_s is None):
         raise typer.BadParameter("limits: expected both --tflops and --gb-per-s, or neither")
     console = _console()
@@ -236,10 +238,38 @@ def _last_limits(path: Path, dtype: str) -> Any:
 
     from benchmarks.roofline import Limits
 
-    if not path.is_file():
-        return None
-    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["dtype"] == dtype]
-    return Limits(rows[-1]["tflops"], rows[-1]["gb_per_s"]) if rows else None
+    found = None
+    for number, text in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+        try:
+            row = json.loads(text)
+            if row["dtype"] == dtype:
+                found = Limits(float(row["tflops"]), float(row["gb_per_s"]))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: expected measured limits, got {text[:60]!r}") from None
+    return found
+
+
+@app.command()
+def tables(
+    rows: Annotated[Path | None, typer.Option(help="Folder of rows; by default this device's.")] = None,
+    preset: Annotated[str | None, typer.Option(help="small or paper; by default paper where it was measured.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for tables.md and Figure 1; by default that of the rows.")
+    ] = None,
+) -> None:
+    """The compute columns of the paper's Tables 2 and 4 and Figure 1, and whether LAVISH beats timm's bare backbone."""
+    from benchmarks import tables as module
+    from benchmarks.cases import PRESETS
+
+    folder = rows or results.folder("cuda" if results.has_card() else "cpu")
+    found = module.load(folder)
+    measured = {row["preset"] for row in found if row["status"] == "ok"}
+    preset = choose_one("preset", preset, PRESETS, "paper" if "paper" in measured else "small")
+    console = _console()
+    for table in module.report(found, preset):
+        console.print(table)
+        console.print()
+    console.print(f"in {', '.join(map(str, module.write(folder, preset, out or folder)))}", soft_wrap=True)
 
 
 @app.command()

@@ -12,8 +12,9 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 def _draw(*shape: int, seed: int = 0) -> Tensor:
     """Normal float64 numbers that every precision represents exactly."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).bfloat16().double()
+    return torch.randn(*shape, generator=generator).half().bfloat16().double()
 
 
 @dataclass
@@ -121,7 +122,6 @@ class Problem:
     rows: Callable[[Any], Tensor] = lambda out: out
     trains: tuple[str, ...] | None = None
     parameter_name: Callable[[str, str], str] = lambda path, name: name
-    clips: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.batched = self.batched or (True,) * len(self.inputs)
@@ -156,7 +156,7 @@ class Case:
     """A thing to measure.
 
     settings: its sizes at a preset, as plain data. problem: at one of them, for `clips` clips. batches: which of the
-    batch sizes that are asked for make sense.
+    batch sizes that are asked for make sense. paths: those of its problems.
     """
 
     about: str
@@ -165,6 +165,7 @@ class Case:
     modes: tuple[str, ...] = ("inference",)
     extra_precisions: tuple[str, ...] = ()
     batches: Callable[[Sequence[int]], Sequence[int]] = lambda batches: batches
+    paths: tuple[str, ...] = ("reference",)
 
 
 # Networks
@@ -297,6 +298,8 @@ def _mbt(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
 
 def _encoders(name: str) -> Callable[[Preset, dict[str, Any], int], Problem]:
     def problem(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+        if find_spec("torchvision") is None:
+            raise Unavailable("torchvision is missing: pip install -e '.[benchmarks]'")
         from benchmarks.baselines.encoders import CONFIGS, INPUTS, AudioVisualEncoders
 
         torch.manual_seed(0)
@@ -562,8 +565,15 @@ def _most(batches: Sequence[int]) -> Sequence[int]:
     return [max(batches)]
 
 
+_OP = ("reference", "fused")
 CASES = {
-    "ave": Case("the AVE network, LAVISH on Swin-V2", _one, _ave, MODES),
+    "ave": Case(
+        "the AVE network, LAVISH on Swin-V2",
+        _one,
+        _ave,
+        MODES,
+        paths=("reference", "released", "released-bmm", "concatenated", "folded", "xformers", "fused"),
+    ),
     "ave-vit": Case("the AVE network, LAVISH on ViT-B with r = 4 (Table 2)", _one, _ave_vit, MODES),
     "latents": Case(
         "the AVE network against its latent tokens (Figure 1)",
@@ -578,16 +588,36 @@ CASES = {
         for name in ("xdc", "avts", "gdt")
     },
     "backbone": Case(
-        "the bare backbone on the images of a clip", lambda _: [{"backbone": "swin"}, {"backbone": "vit"}], _backbone
+        "the bare backbone on the images of a clip",
+        lambda _: [{"backbone": "swin"}, {"backbone": "vit"}],
+        _backbone,
+        paths=("reference", "timm"),
     ),
-    "gather_latents": Case("latents gather from a stream", _latent_settings, _gather_latents, batches=_most),
-    "read_latents": Case("a stream reads the latents", _latent_settings, _read_latents, batches=_most),
-    "grouped_linear": Case("the adapter's first 1x1 convolution", _adapter_settings, _grouped_linear, batches=_most),
-    "adapter": Case("one stream's adapter", _adapter_settings, _adapter, batches=_most),
+    "gather_latents": Case("latents gather from a stream", _latent_settings, _gather_latents, batches=_most, paths=_OP),
+    "read_latents": Case("a stream reads the latents", _latent_settings, _read_latents, batches=_most, paths=_OP),
+    "grouped_linear": Case(
+        "the adapter's first 1x1 convolution",
+        _adapter_settings,
+        _grouped_linear,
+        batches=_most,
+        paths=(*_OP, "conv2d"),
+    ),
+    "adapter": Case(
+        "one stream's adapter",
+        _adapter_settings,
+        _adapter,
+        batches=_most,
+        paths=("reference", "released", "released-bmm"),
+    ),
     "window_attention": Case(
-        "Swin-V2's attention between its two products", _stage_settings, _window_attention, batches=_most
+        "Swin-V2's attention between its two products",
+        _stage_settings,
+        _window_attention,
+        batches=_most,
+        paths=("reference", "timm-order", *_SDPA, "xformers", "fused"),
     ),
 }
+PATHS = tuple(dict.fromkeys(path for case in CASES.values() for path in case.paths))
 
 
 def refusal(case: str, mode: str, path: str, precision: str, device: str) -> str | None:
@@ -598,6 +628,8 @@ def refusal(case: str, mode: str, path: str, precision: str, device: str) -> str
         return "torch's CPU weight gradient of a (3, 1, 1) convolution in bfloat16 is not a number"
     if path == "xformers" and device != "cuda":
         return f"xformers' attention takes CUDA tensors, got {device}"
+    if path == "xformers" and find_spec("xformers") is None:
+        return "xformers is missing: pip install 'xformers==0.0.35'"
     if path == "fused":
         names = [case] if case in ops.OPS else [name for name in ops.OPS if name != "attention"]
         tensor = torch.empty(0, device=device)

@@ -44,6 +44,8 @@ def climb(
     """The row of each of RUNGS in turn, also of one whose process dies or takes longer than `timeout` seconds."""
     for rung in RUNGS:
         how = rung.execution or execution
+        if execution == "eager":
+            how = how.removeprefix("blocks+")
         key = {"case": "ave", "mode": "inference", "preset": preset, "batch": batch, "setting": {}}
         key |= {"path": rung.path, "execution": how, "dtype": rung.dtype}
         if rung.path == "released-bmm" and how == "eager":
@@ -59,8 +61,8 @@ def climb(
             except subprocess.TimeoutExpired:
                 yield _row(device, key, "skipped", f"it took longer than {timeout:.0f} s")
                 continue
-            if out.is_file():
-                yield results.read(out)[-1]
+            if out.is_file() and (rows := results.read(out)):
+                yield rows[-1] | key  # a truth that failed has no path
             else:
                 last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
                 yield _row(device, key, "failed", f"exit code {done.returncode}: {last[0][:200]}")
@@ -128,7 +130,7 @@ def draw(rows: Sequence[tuple[Rung, dict[str, Any]]], stem: Path) -> list[Path]:
     from matplotlib import rc_context
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(suffix) for suffix in (".svg", ".png")]
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".svg", ".png")]
     with rc_context({"svg.hashsalt": "ladder", "svg.fonttype": "none"}):
         chart = figure(rows)
         for path in paths:

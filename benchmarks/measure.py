@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import statistics
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.autograd import DeviceType
 from torch.autograd.profiler import profile as autograd_profile
 from torch.profiler import ProfilerActivity, profile
@@ -28,7 +30,7 @@ class Precision:
     """weights: the type of weights and inputs. limit: whose matrix products bound it, by roofline's names.
 
     cap, gradient_cap: the largest relative error of outputs and of gradients that gets a time, whatever the reference
-    does in this precision.
+    does in this precision; in training a hundred times `cap`, for BatchNorm's statistics of few values.
     """
 
     weights: torch.dtype
@@ -70,7 +72,9 @@ class Unavailable(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    # A driver that cannot make a graph, and a compiler that ran out, say so in a RuntimeError.
+    texts = ("can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
 
 @contextmanager
@@ -83,7 +87,8 @@ def precision(name: str, device: str) -> Iterator[None]:
             stack.callback(setattr, s, "allow_tf32", value)
             s.allow_tf32 = name == "tf32"
         if PRECISIONS[name].autocast:
-            stack.enter_context(torch.autocast(device, torch.bfloat16))
+            # Without the cache of narrow weights: a graph would go on to read them after they were freed.
+            stack.enter_context(torch.autocast(device, torch.bfloat16, cache_enabled=False))
         yield
 
 
@@ -91,6 +96,12 @@ def execute(function: Callable, execution: str, inputs: Sequence[Tensor], *, tra
     """`function` as it is to be run. Raises: Unavailable where that cannot be had."""
     if execution == "eager":
         return function
+    if execution in ("graph", "blocks+graph", "reduce-overhead") and not inputs[0].is_cuda:
+        raise Unavailable("CUDA graphs take a CUDA device")
+    if execution in ("graph", "blocks+graph", "freezing") and training:
+        raise Unavailable("for inference alone")
+    # Past its limit dynamo would go on uncompiled, and say nothing.
+    torch._dynamo.config.recompile_limit = 64
     options = {"dynamic": False}
     if execution in ("blocks", "blocks+graph"):
         blocks = getattr(function, "blocks", None)
@@ -103,10 +114,6 @@ def execute(function: Callable, execution: str, inputs: Sequence[Tensor], *, tra
         function = torch.compile(function, mode=mode, **options)
     elif execution != "graph":
         function = torch.compile(function, options={"freezing": execution == "freezing"}, **options)
-    if execution in ("graph", "blocks+graph", "reduce-overhead") and not inputs[0].is_cuda:
-        raise Unavailable("CUDA graphs take a CUDA device")
-    if execution in ("graph", "blocks+graph", "freezing") and training:
-        raise Unavailable("for inference alone")
     if execution in ("graph", "blocks+graph"):
         from lavish_fast.runtime import capture
 
@@ -116,10 +123,11 @@ def execute(function: Callable, execution: str, inputs: Sequence[Tensor], *, tra
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Relative Frobenius error in float64; infinite where anything is not finite or the shapes differ."""
-    got, expected = got.detach().double().flatten(), expected.detach().double().flatten()
-    if got.shape != expected.shape or not torch.isfinite(got).all():
+    if got.shape != expected.shape:
         return float("inf")
-    return ((got - expected.to(got.device)).norm() / expected.norm()).item()
+    got, expected = got.detach().double(), expected.detach().double().to(got.device)
+    error = ((got - expected).norm() / expected.norm()).item()
+    return error if math.isfinite(error) else float("inf")
 
 
 def time_rounds(calls: Sequence[Callable], device: str, seconds: float) -> list[list[float]]:
@@ -129,23 +137,42 @@ def time_rounds(calls: Sequence[Callable], device: str, seconds: float) -> list[
     events, after a write that empties the L2 cache; call by call, because there memory matters more than drift.
     """
     if device == "cuda":
-        from triton.testing import do_bench
-
-        return [do_bench(call, warmup=100, rep=int(seconds * 1e3), return_mode="all")[:200] for call in calls]
+        return [_time_on_card(call, seconds) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
-    longest = []
-    for call in calls:
-        start = time.perf_counter()
-        call()
-        longest.append(time.perf_counter() - start)
-    rounds = [max(5 if taken < 0.1 else 3, min(200, int(seconds / taken))) for taken in longest]
+    rounds = [_rounds(_milliseconds(call), seconds) for call in calls]
     for turn in range(max(rounds)):
-        for call, least, measured in zip(calls, rounds, times):
-            if turn < least:
-                start = time.perf_counter()
-                call()
-                measured.append((time.perf_counter() - start) * 1e3)
+        for call, wanted, measured in zip(calls, rounds, times):
+            if turn < wanted:
+                measured.append(_milliseconds(call))
     return times
+
+
+def _rounds(taken: float, seconds: float) -> int:
+    """taken: milliseconds of one."""
+    return max(5 if taken < 100 else 3, min(200, int(seconds * 1e3 / taken)))
+
+
+def _milliseconds(call: Callable) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _time_on_card(call: Callable, seconds: float) -> list[float]:
+    cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # several times any card's L2
+
+    def rounds(count: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for start, end in events:
+            cache.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    rounds(3)  # clocks rise under load
+    return rounds(_rounds(statistics.median(rounds(3)), seconds))
 
 
 def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
@@ -164,26 +191,48 @@ class Memory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
+        self.captured = 0
+
+    def note_capture(self) -> None:
+        """The peak so far counts: what a CUDA graph holds shows while it is captured, not while it runs."""
+        if self.device == "cuda":
+            self.captured = torch.cuda.max_memory_allocated()
 
     def peak(self, step: Callable, *holders: nn.Module | Tensor) -> float:
         """Of one `step`. On a CPU what `holders` hold and the most that the step allocates, by the profiler."""
         if self.device == "cuda":
+            # Not what parity took.
+            torch.cuda.reset_peak_memory_stats()
             step()
             torch.cuda.synchronize()
-            return (torch.cuda.max_memory_allocated() - self.before) / 2**20
+            return (max(self.captured, torch.cuda.max_memory_allocated()) - self.before) / 2**20
         with autograd_profile(profile_memory=True) as profiler:
             step()
-        held = most = 0
-        for event in profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                most = max(most, held)
+        held, most, mine = 0, 0, set()
+        for address, size in _allocations(profiler):
+            if size > 0:
+                mine.add(address)
+            elif address not in mine:
+                continue  # freed here, allocated before: the profiler knows those of earlier profiles
+            held += size
+            most = max(most, held)
         tensors = {}
         for holder in holders:
-            for x in holder.state_dict().values() if isinstance(holder, nn.Module) else [holder]:
-                if isinstance(x, Tensor):
-                    tensors[x.data_ptr()] = x.nbytes
+            for x in (*holder.parameters(), *holder.buffers()) if isinstance(holder, nn.Module) else [holder]:
+                tensors[x.data_ptr()] = x.nbytes
         return (most + sum(tensors.values())) / 2**20
+
+
+def _allocations(profiler: autograd_profile) -> list[tuple[int, int]]:
+    """Address and bytes, negative where they were freed, in order of time."""
+    found, events = [], list(profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    # Of one nanosecond in the order of the tree, which `pop` has reversed.
+    return [(address, size) for _, address, size in sorted(reversed(found), key=lambda entry: entry[0])]
 
 
 def launches(call: Callable, device: str) -> dict[str, int] | None:
@@ -196,8 +245,8 @@ def launches(call: Callable, device: str) -> dict[str, int] | None:
         torch.cuda.synchronize()
     events = profiler.events()
     asked = sum(e.device_type == DeviceType.CPU and bool(re.search("Launch", e.name)) for e in events)
-    ran = [e for e in events if e.device_type == DeviceType.CUDA and not re.match("Mem(cpy|set)", e.name)]
-    return {"launches": asked, "kernels": len(ran)}
+    ran = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return {"launches": asked, "kernels": sum(not re.match("Mem(cpy|set)", e.name) for e in ran)}
 
 
 class MatrixWork(TorchDispatchMode):

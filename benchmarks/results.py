@@ -26,12 +26,18 @@ _PACKAGES = ("torch", "triton", "timm", "torchvision", "xformers")
 def device_name(device: str) -> str:
     """What a device is called in results: the card's own name, or the processor's with its number of cores."""
     if device == "cuda":
-        return _nvml("name") or "CUDA device"
+        torch = sys.modules.get("torch")
+        return _nvml("name") or (torch.cuda.get_device_name() if torch else "CUDA device")
     model = platform.machine()
     with suppress(OSError):
         match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         model = match[1].strip() if match else model
     return f"{model}, {cores()} cores"
+
+
+def has_card() -> bool:
+    """Whether NVIDIA's driver lists a card; torch is not asked."""
+    return _nvml("name") is not None
 
 
 def cores() -> int:
