@@ -1,0 +1,246 @@
+"""`python -m benchmarks` as people type it, and benchmarks/gpu.sh."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import __main__ as command
+from benchmarks import cases, results
+from lavish_fast.config import AdapterConfig
+from parity import ROOT, tiny_config
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A small preset that takes milliseconds."""
+    swin = replace(tiny_config(), adapter=AdapterConfig(reduction=4))
+    monkeypatch.setitem(cases.PRESETS, "small", replace(cases.PRESETS["small"], swin=swin))
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(command.app, [str(a) for a in arguments], standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    assert (result.return_value or 0) == code, result.output
+    return result.output
+
+
+def typed(*arguments, **options):
+    """In a process of its own."""
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 120} | options
+    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], **options)
+
+
+def test_run_writes_a_row_for_each_candidate_and_says_what_came_of_it(tiny, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    arguments = ("run", "--case", "ave", "--mode", "inference", "--device", "cpu", "--preset", "small", "--batch", "2")
+    output = run(*arguments, "--path", "reference,released,fused", "--dtype", "float32", "--seconds", 0, "--out", out)
+    rows = results.read(out)
+    assert [(row["path"], row["status"]) for row in rows] == [
+        ("reference", "ok"),
+        ("released", "ok"),
+        ("fused", "skipped"),
+    ]
+    assert "2 ok, 1 skipped" in output
+    assert "no fused kernel yet" in output
+    assert f"{rows[1]['median_ms']:.3f} ms" in output
+    run(*arguments, "--path", "reference", "--dtype", "float32", "--seconds", 0, "--out", out)
+    assert results.read(out)[:3] == rows
+
+
+def test_run_fails_when_a_path_is_wrong(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.run.Truth.errors", lambda *_: [0.5])
+    arguments = ("--case", "latents", "--device", "cpu", "--preset", "small", "--batch", "1", "--out", tmp_path / "r")
+    assert "7 wrong" in run("run", *arguments, "--budget", 1000, code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--case", "nope"], "case: expected some of ave, ave-vit, latents, cmbs"),
+        (["run", "--mode", "nope"], "mode: expected some of inference, training, got nope"),
+        (["run", "--path", "released,nope"], "path: expected some of reference, released"),
+        (["run", "--dtype", "fp8"], "dtype: expected some of float64, float32"),
+        (["run", "--execution", "turbo"], "execution: expected some of eager, compile"),
+        (["run", "--device", "tpu"], "device: expected some of cpu, cuda, got tpu"),
+        (["run", "--preset", "huge"], "preset: expected some of paper, small, got huge"),
+        (["run", "--batch", "3", "--device", "cpu"], "batch: expected 1 or even numbers of clips, got 3"),
+        (["run", "--batch", "two", "--device", "cpu"], "batch: expected 1 or even numbers of clips, got two"),
+        (["ladder", "--execution", "blocks,eager"], "execution: expected one of blocks, eager"),
+        (["roofline", "--model", "big"], "model: expected some of ave-swinv2-large"),
+        (["roofline", "--tflops", "5"], "limits: expected both --tflops and --gb-per-s"),
+    ],
+)
+def test_bad_usage_lists_what_exists(arguments, message):
+    with pytest.raises(command.typer.BadParameter) as raised:
+        run(*arguments)
+    assert message in raised.value.message
+
+
+def test_a_bad_file_is_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "a").write_text("{}\n")
+    for arguments, message in (
+        (("compare", str(tmp_path / "a"), str(tmp_path / "b")), f"{tmp_path}/a, line 1: expected a result row"),
+        (("tables", "--rows", str(tmp_path / "none")), f"{tmp_path}/none"),
+    ):
+        done = typed(*arguments)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert message in done.stderr
+
+
+def test_roofline_with_given_limits_imports_no_torch():
+    code = "import sys; from benchmarks.__main__ import app; app(sys.argv[1:], standalone_mode=False); "
+    code += "assert 'torch' not in sys.modules"
+    arguments = ["roofline", "--tflops", "790", "--gb-per-s", "4300", "--batch", "16"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "window_attention" in done.stdout
+    assert "samples/s at most" in done.stdout
+
+
+def test_roofline_measures_once_and_remembers(tmp_path, monkeypatch):
+    from benchmarks import roofline
+
+    measured = []
+
+    def limits(*arguments):
+        measured.append(arguments)
+        return roofline.Limits(0.1, 20.0)
+
+    monkeypatch.setattr(roofline, "measure_limits", limits)
+    out = tmp_path / "limits.jsonl"
+    for dtype in ("float32", "float32", "bfloat16"):
+        run("roofline", "--device", "cpu", "--dtype", dtype, "--out", out)
+    assert measured == [("cpu", "float32"), ("cpu", "bfloat16")]
+    run("roofline", "--device", "cpu", "--dtype", "float32", "--measure", "--out", out)
+    assert len(measured) == 3
+    out.write_text("[]\n")
+    with pytest.raises(ValueError, match=r"limits\.jsonl, line 1: expected measured limits"):
+        run("roofline", "--device", "cpu", "--dtype", "float32", "--out", out)
+
+
+def test_compare_and_tables_read_what_run_wrote(tiny, tmp_path):
+    for name in ("bench", "bench2"):
+        for _ in range(2):
+            arguments = ("--case", "ave", "--mode", "inference", "--device", "cpu", "--preset", "small", "--batch", "1")
+            path = tmp_path / f"{name}.jsonl"
+            run("run", *arguments, "--path", "released", "--dtype", "float32", "--seconds", 0, "--out", path)
+    output = run("compare", tmp_path / "bench.jsonl", tmp_path / "bench2.jsonl")
+    assert "A / B" in output
+    output = run("tables", "--rows", tmp_path)
+    assert "Table 4" in output
+    assert (tmp_path / "tables.md").is_file()
+    assert (tmp_path / "figure_1.png").is_file()
+
+
+def test_ladder_climbs_in_processes_of_their_own(tmp_path, monkeypatch):
+    from benchmarks import ladder
+
+    monkeypatch.setattr(ladder, "RUNGS", (ladder.RUNGS[0], ladder.RUNGS[2], ladder.RUNGS[5]))
+    out = tmp_path / "ladder.jsonl"
+    arguments = ("--device", "cpu", "--preset", "small", "--batch", "1", "--execution", "eager", "--seconds", "0")
+    run("ladder", *arguments, "--out", out)
+    rows = results.read(out)
+    assert [(row["rung"], row["status"]) for row in rows] == [
+        ("released order, float32", "ok"),
+        ("+ torch.compile", "skipped"),
+        ("+ xformers attention", "skipped"),
+    ]
+    assert (tmp_path / "ladder.svg").is_file()
+    assert (tmp_path / "ladder.png").is_file()
+
+
+# benchmarks/gpu.sh
+
+
+@pytest.fixture
+def fake_python(tmp_path):
+    """An interpreter that lacks the modules named in LACKS, and writes down what it is asked to run."""
+    path = tmp_path / "python"
+    path.write_text(
+        f"""#!/usr/bin/env bash
+if [[ $1 == -c && $2 == *find_spec* ]]; then
+    for module in $LACKS; do [[ $2 == *"'$module'"* ]] && exit 0; done
+    exit 1
+fi
+[[ $1 == -c ]] && exec {sys.executable} "$@"
+echo "$*" >>{tmp_path}/calls
+[[ $* == *"--case ave,backbone"* ]] && exit ${{FAILS:-0}}
+sleep ${{SLEEPS:-0}}
+"""
+    )
+    path.chmod(0o755)
+    return path
+
+
+def gpu(python, *arguments, **environment):
+    command = [shutil.which("bash"), ROOT / "benchmarks" / "gpu.sh", *map(str, arguments)]
+    environment = os.environ | {"PYTHON": str(python)} | {name: str(value) for name, value in environment.items()}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+
+def test_gpu_sh_runs_every_part(fake_python, tmp_path):
+    done = gpu(fake_python, "--dry", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    for part in ("-m pytest -m gpu", "roofline --measure", "window_attention", "ladder", "training", "--case cmbs,mbt"):
+        assert part in calls, part
+    steps = (tmp_path / "out" / "steps.txt").read_text()
+    assert steps.count("done") == 8
+    assert "skipped" not in steps
+
+
+def test_gpu_sh_lists_what_is_missing_and_goes_on_without(fake_python, tmp_path):
+    done = gpu(fake_python, "--dry", "--out", tmp_path / "out", LACKS="xformers pytest")
+    assert done.returncode == 0, done.stderr
+    assert "missing: xformers (no xformers attention)" in done.stdout
+    assert "-m pytest" not in (tmp_path / "calls").read_text()
+
+
+def test_gpu_sh_needs_torch(fake_python, tmp_path):
+    done = gpu(fake_python, "--dry", "--out", tmp_path / "out", LACKS="torch timm")
+    assert done.returncode == 2
+    assert "gpu.sh: expected torch timm" in done.stderr
+
+
+def test_gpu_sh_keeps_its_budget_and_lists_what_it_skipped(fake_python, tmp_path):
+    done = gpu(fake_python, "--dry", "--out", tmp_path / "out", "--budget", 18, SLEEPS=2)
+    steps = (tmp_path / "out" / "steps.txt").read_text()
+    assert done.returncode == 0, done.stderr
+    assert steps.count("done") == 2
+    assert steps.count("skipped") == 6
+
+
+def test_gpu_sh_goes_on_after_a_part_that_failed_and_says_so(fake_python, tmp_path):
+    done = gpu(fake_python, "--dry", "--out", tmp_path / "out", FAILS=3)
+    steps = (tmp_path / "out" / "steps.txt").read_text()
+    assert done.returncode == 1
+    assert "exit 3    inference" in steps
+    assert steps.count("done") == 7
+
+
+def test_gpu_sh_refuses_what_it_does_not_know(fake_python):
+    done = gpu(fake_python, "--wet")
+    assert done.returncode == 2
+    assert "got --wet" in done.stderr
+
+
+def test_gpu_sh_without_a_card_says_how_to_go_on(fake_python, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    done = gpu(fake_python, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "--dry runs on a CPU" in done.stderr
+
+
+def test_rows_of_the_repository_can_be_read():
+    for path in results.ROOT.glob("*/bench*.jsonl"):
+        assert all(json.dumps(row) for row in results.read(path))
