@@ -104,8 +104,7 @@ def execute(function: Callable, execution: str, inputs: Sequence[Tensor], *, tra
     torch._dynamo.config.recompile_limit = 64
     options = {"dynamic": False}
     if execution in ("blocks", "blocks+graph"):
-        blocks = getattr(function, "blocks", None)
-        if not isinstance(blocks, nn.ModuleList):
+        if not (blocks := _blocks(function)):
             raise Unavailable("it has no list of blocks to compile one by one")
         for block in blocks:
             block.compile(**options)
@@ -119,6 +118,16 @@ def execute(function: Callable, execution: str, inputs: Sequence[Tensor], *, tra
 
         function = capture(function, *inputs)
     return function
+
+
+def _blocks(network: Callable) -> list[nn.Module]:
+    """The blocks of a network, or of its stages, as far as they are called as modules."""
+    kinds = (nn.ModuleList, nn.Sequential)
+    blocks = getattr(network, "blocks", None)
+    if not isinstance(blocks, kinds):
+        stages = getattr(network, "layers", None)
+        blocks = [b for stage in stages for b in getattr(stage, "blocks", ())] if isinstance(stages, kinds) else []
+    return [block for block in blocks if type(block).forward is not nn.Module.forward]
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.cases import randomise as randomise
 from lavish_fast import Config, Model
 from lavish_fast.config import AdapterConfig, SpectrogramConfig, SwinV2Config
 
@@ -63,23 +64,6 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     got, expected = got.detach().double(), expected.detach().double()
     error = ((got - expected).norm() / expected.norm()).item()
     return error if torch.isfinite(got).all() else float("inf")
-
-
-def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Random gates, norms and BatchNorm buffers: fresh ones make adapters zero and would hide every fault."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    for name, tensor in tensors.items():
-        if name.endswith(("gate", "gate_av")):
-            tensor.copy_(torch.empty_like(tensor).uniform_(0.3, 0.7, generator=generator))
-        elif name.endswith("running_var"):
-            tensor.copy_(torch.empty_like(tensor).uniform_(0.5, 1.5, generator=generator))
-        elif name.endswith("running_mean") or (tensor.ndim == 1 and name.endswith("bias")):
-            tensor.copy_(torch.empty_like(tensor).normal_(0, 0.1, generator=generator))
-        elif tensor.ndim == 1 and tensor.is_floating_point():
-            tensor.copy_(torch.empty_like(tensor).normal_(1, 0.1, generator=generator))
-    module.load_state_dict(tensors)
-    return module
 
 
 def tiny_config(**changes) -> Config:

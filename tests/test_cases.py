@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.models.swin_transformer_v2 import WindowAttention as TimmWindowAttention
 
-from benchmarks import cases
+from benchmarks import cases, measure
 from benchmarks.baselines.mbt import MBTConfig
 from benchmarks.cases import CASES, PRESETS, Preset, refusal
 from benchmarks.measure import PRECISIONS, Unavailable, relative_error
@@ -188,7 +188,10 @@ def test_refusals():
 def test_xformers_that_is_missing_is_refused(monkeypatch):
     assert refusal("ave", "inference", "xformers", "float32", "cuda") is None
     monkeypatch.setattr(cases, "find_spec", lambda name: None)
-    assert refusal("ave", "inference", "xformers", "float32", "cuda") == "xformers is missing: pip install 'xformers==0.0.35'"
+    assert (
+        refusal("ave", "inference", "xformers", "float32", "cuda")
+        == "xformers is missing: pip install 'xformers==0.0.35'"
+    )
 
 
 @pytest.mark.parametrize("preset", [*PRESETS.values(), TINY], ids=[*PRESETS, "tiny"])
@@ -213,3 +216,15 @@ def test_gdt_alone_does_not_train():
 def test_a_case_has_the_paths_of_its_problems(name):
     case, preset = CASES[name], PRESETS["small"]
     assert set(case.problem(preset, case.settings(preset)[0], 1).paths) == set(case.paths)
+
+
+@pytest.mark.parametrize(("name", "paths"), [("ave", ("released", "folded")), ("backbone", ("timm",))])
+def test_the_baselines_have_blocks_to_compile(name, paths):
+    case, preset = CASES[name], PRESETS["small"]
+    for setting in case.settings(preset):
+        problem = case.problem(preset, setting, 1)
+        for path in paths:
+            network = problem.paths[path](problem.truth)
+            config = getattr(preset, setting.get("backbone", "swin"))
+            assert len(measure._blocks(network)) == len(config.backbone.block_widths)
+        assert measure._blocks(problem.truth) == []  # its blocks are called by branches
