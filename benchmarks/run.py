@@ -174,9 +174,8 @@ class Group:
         try:
             self._prepare_problem()
             candidates = list(self._candidates())
-            if not candidates:
-                return
-            self._prepare_truth()
+            if not all(self._refuse(candidate) for candidate in candidates):
+                self._prepare_truth()
         except Unavailable as error:
             yield self._row(_ALL, "skipped", str(error))
             return
@@ -246,15 +245,20 @@ class Group:
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
+    def _refuse(self, candidate: Candidate) -> bool:
+        """Whether it is known beforehand that a candidate cannot run; its row then says why."""
+        key = candidate.key
+        reason = refusal(self.key["case"], self.key["mode"], key["path"], key["dtype"], self.device)
+        if reason:
+            candidate.row = self._row(key, "skipped", reason)
+        return reason is not None
+
     def _prepare(self, candidate: Candidate) -> bool:
         """Builds, runs once and checks a candidate. False: its row already says why it gets no time."""
         if self._late():
             candidate.row = self._row(candidate.key, "skipped", "the time budget was spent")
             return False
-        path, dtype = candidate.key["path"], candidate.key["dtype"]
-        reason = refusal(self.key["case"], self.key["mode"], path, dtype, self.device)
-        if reason:
-            candidate.row = self._row(candidate.key, "skipped", reason)
+        if self._refuse(candidate):
             return False
         try:
             self._check(candidate)
