@@ -310,7 +310,7 @@ def test_what_is_refused_is_skipped(case):
 
 def test_the_truth_is_not_computed_for_what_is_refused(case, monkeypatch):
     monkeypatch.setattr(runner, "Truth", lambda *_: pytest.fail("there is nothing to compare with it"))
-    case({"fused": lambda truth: truth})
+    case(fused=lambda truth: truth)
     (row,) = rows_of(paths=["fused"], precisions=["float32"])
     assert row["status"] == "skipped"
 
