@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +56,8 @@ def main() -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    # A file or a pipe has no width of its own: wide enough for every table.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def choose(what: str, given: str | None, known: Iterable[str], default: Iterable[str]) -> list[str]:
@@ -252,7 +254,7 @@ def _last_limits(path: Path, dtype: str) -> Any:
 @app.command()
 def tables(
     rows: Annotated[Path | None, typer.Option(help="Folder of rows; by default this device's.")] = None,
-    preset: Annotated[str | None, typer.Option(help="small or paper; by default paper where it was measured.")] = None,
+    preset: Annotated[str | None, typer.Option(help="small or paper; by default the one with more rows.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for tables.md and Figure 1; by default that of the rows.")
     ] = None,
@@ -263,8 +265,8 @@ def tables(
 
     folder = rows or results.folder("cuda" if results.has_card() else "cpu")
     found = module.load(folder)
-    measured = {row["preset"] for row in found if row["status"] == "ok"}
-    preset = choose_one("preset", preset, PRESETS, "paper" if "paper" in measured else "small")
+    measured = Counter(row["preset"] for row in found if row["status"] == "ok")
+    preset = choose_one("preset", preset, PRESETS, max(PRESETS, key=measured.__getitem__))
     console = _console()
     for table in module.report(found, preset):
         console.print(table)
@@ -285,8 +287,6 @@ def compare(
 
 def measure(selection: Selection, out: Path, console: Console) -> int:
     """Measures with a progress bar, a line a row; returns the exit code."""
-    from collections import Counter
-
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from benchmarks.run import measure_all
