@@ -1,5 +1,6 @@
 """The choice of a path, and what importing the package may touch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from lavish_fast import ops, reference
+from parity import ROOT
 
 
 def test_auto_on_a_cpu_is_the_reference():
@@ -48,6 +50,7 @@ print(tuple(Model(tiny_config())(*tiny_inputs()).shape), torch.cuda.is_initializ
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},  # parity draws its weights as the benchmarks do
         timeout=120,
         check=False,
     )
