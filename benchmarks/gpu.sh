@@ -74,15 +74,11 @@ step() { # NAME LIMIT COMMAND...: within its limit and what is left of the budge
     *) say "exit $code    $name: $((SECONDS - start)) s" && failed+=" $name" ;;
     esac
 }
-bench() { # the step's budget reaches the runner through the environment
-    bash -c '"$0" -m benchmarks run --budget "$BUDGET" "$@"' "$python" $common --seconds "$seconds" --out "$out/bench.jsonl" "$@"
-}
-export -f bench
-export python common seconds out
-run() { # NAME LIMIT ARGUMENTS...
+run() { # NAME LIMIT ARGUMENTS...: the step's budget reaches the runner through the environment
     local name=$1 limit=$2
     shift 2
-    step "$name" "$limit" bash -c 'bench "$@"' bench "$@"
+    step "$name" "$limit" bash -c '"$0" -m benchmarks run --budget "$BUDGET" "$@"' "$python" $common \
+        --seconds "$seconds" --out "$out/bench.jsonl" "$@"
 }
 
 [[ " $missing " == *" pytest "* ]] || step "parity tests on the card" 80 "$python" -m pytest -m gpu \
