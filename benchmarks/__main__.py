@@ -185,6 +185,37 @@ def ladder(
 
 
 @app.command()
+def tune(
+    op: Annotated[str | None, typer.Option(help="One or more kernels, by default all.")] = None,
+    preset: PresetName = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(min=1, help="Clips at once.")] = 8,
+    seconds: Annotated[float, typer.Option(min=0, help="Of timing per candidate.")] = 0.05,
+    device: Device = None,
+) -> int:
+    """Finds launch constants for the card at hand and prints rows to paste into kernels/_tuning.py."""
+    import torch
+
+    from benchmarks import tune as module
+
+    device = _device(device)
+    if device != "cuda":
+        raise typer.BadParameter("device: expected cuda, whose kernels are tuned, got cpu")
+    dtype = choose_one("dtype", dtype, ("bfloat16", "float16", "float32"), "bfloat16")
+    console, failed = _console(), False
+    with console.status("") as status:
+        for name in choose("op", op, module.OPS, module.OPS):
+            status.update(name)
+            for tuned in module.tune(name, _preset(preset, device), getattr(torch, dtype), batch, device, seconds):
+                console.print(tuned.row(), soft_wrap=True)
+                if tuned.failed:
+                    reasons = ", ".join(f"{count} {why}" for why, count in tuned.failed.items())
+                    console.print(f"    # {tuned.tried} tried, of which failed: {reasons}", soft_wrap=True)
+                failed |= "wrong" in tuned.failed
+    return 1 if failed else 0
+
+
+@app.command()
 def roofline(
     model: Annotated[str, typer.Option(help="A preset of lavish_fast.Config.")] = "ave-swinv2-large",
     batch: Annotated[int, typer.Option(min=1, help="Clips at once.")] = 8,

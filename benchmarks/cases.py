@@ -25,10 +25,10 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks import roofline
 from benchmarks.baselines.mbt import MBTConfig
-from benchmarks.measure import Unavailable
-from lavish_fast import Model, attention, backbones, ops
+from benchmarks.measure import PRECISIONS, Unavailable
+from lavish_fast import Model, attention, backbones, ops, reference
 from lavish_fast.adapter import LavishAdapter
-from lavish_fast.backbones.swin_v2 import WindowAttention
+from lavish_fast.backbones.swin_v2 import CONSTANTS, WindowAttention
 from lavish_fast.config import VIT_SPECTROGRAM, AdapterConfig, Config, SpectrogramConfig, SwinV2Config, ViTConfig
 from lavish_fast.tasks import ave
 
@@ -99,6 +99,13 @@ def _draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator).half().bfloat16().double()
 
 
+@dataclass(frozen=True)
+class Rearranged:
+    """A path that narrows the weights itself, after it has folded constants into them."""
+
+    make: Callable[[Model, torch.dtype], Callable]
+
+
 @dataclass
 class Problem:
     """One case at one size, for one or two clips.
@@ -128,10 +135,12 @@ class Problem:
 
     def build(self, path: str, dtype: torch.dtype, device: str, *, training: bool) -> Callable:
         """The path's module, or function, with the truth's weights."""
-        built = self.paths[path](self.truth)
+        make = self.paths[path]
+        if isinstance(make, Rearranged):
+            return make.make(copy.deepcopy(self.truth).to(device).eval(), dtype)
+        built = make(copy.deepcopy(self.truth))
         if isinstance(built, nn.Module):
-            # A copy, since a path may return the truth itself.
-            built = copy.deepcopy(built).to(device, dtype).train(training)
+            built = built.to(device, dtype).train(training)
         return built
 
     def batch(self, repeats: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
@@ -194,7 +203,7 @@ def _lavish(
     return Problem(
         randomise(Model(config)),
         _clips(config, clips),
-        {"reference": lambda model: model, **paths},
+        {"reference": lambda model: model.set_path("reference"), **paths},
         work=lambda batch, itemsize, training: roofline.model_ops(
             config, batch, itemsize=itemsize, training=training, fused=True
         ),
@@ -223,14 +232,20 @@ def _released(form: str) -> Callable[[Model], nn.Module]:
 
 def _ave(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
     from lavish_fast.inference import Inference
+    from lavish_fast.runtime import optimize
+
+    def inference(**options: Any) -> Rearranged:
+        return Rearranged(lambda model, dtype: Inference(model, dtype=dtype, **options))
 
     paths = {
+        "model": lambda model: model.set_path("auto"),
         "released": _released("conv"),
         "released-bmm": _released("bmm"),
-        "concatenated": lambda model: Inference(model, fold=False),
-        "folded": lambda model: Inference(model),
-        "xformers": lambda model: Inference(model, attention="xformers"),
-        "fused": lambda model: Inference(model, path="fused"),
+        "concatenated": inference(fold=False, path="reference"),
+        "folded": inference(path="reference"),
+        "xformers": inference(path="reference", attention="xformers"),
+        "fused": inference(fold=False, path="fused"),
+        "optimized": Rearranged(lambda model, dtype: optimize(model, dtype=dtype)),
     }
     return _lavish(preset.swin, clips, paths, ("reference", "released", "released-bmm"))
 
@@ -369,12 +384,6 @@ def _stage(preset: Preset, setting: dict[str, Any], clips: int) -> tuple[int, in
     return clips * preset.swin.frames, tokens, width
 
 
-def _op_paths(name: str) -> dict[str, Callable]:
-    """The op by its reference and by its kernel, which says why where there is none."""
-    fused = partial(getattr(ops, name), path="fused")
-    return {"reference": lambda truth: truth, "fused": lambda truth: fused}
-
-
 def _sdpa(backend: SDPBackend) -> Callable:
     def call(*tensors: Tensor | None) -> Tensor:
         try:
@@ -394,7 +403,7 @@ def _gather_latents(preset: Preset, setting: dict[str, Any], clips: int) -> Prob
     return Problem(
         lambda latents, other: ops.gather_latents(latents, other, path="reference"),
         (_draw(setting["latents"], width, seed=1).abs(), _draw(n, tokens, width, seed=2)),
-        _op_paths("gather_latents"),
+        {"reference": lambda truth: truth, "fused": lambda truth: partial(ops.gather_latents, path="fused")},
         batched=(False, True),
         work=lambda batch, itemsize, training: [
             roofline.gather_latents(batch * n // clips, tokens, width, setting["latents"], itemsize, training)
@@ -402,37 +411,21 @@ def _gather_latents(preset: Preset, setting: dict[str, Any], clips: int) -> Prob
     )
 
 
-def _read_latents(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
-    n, tokens, width = _stage(preset, setting, clips)
-    summary = _draw(n, setting["latents"], width, seed=2) / 4
-    return Problem(
-        lambda x, summary, gate: ops.read_latents(x, summary, gate, path="reference"),
-        (_draw(n, tokens, width, seed=1), summary, torch.tensor([0.5]).double()),
-        _op_paths("read_latents"),
-        batched=(True, True, False),
-        work=lambda batch, itemsize, training: [
-            roofline.read_latents(batch * n // clips, tokens, width, setting["latents"], itemsize, training)
-        ],
-    )
+class Step(nn.Module):
+    """Both streams' residual step, X + LN(B) + LAV(X, Y), each with the same adapter."""
 
+    def __init__(self, adapter: nn.Module, norm: nn.LayerNorm, path: str = "reference") -> None:
+        super().__init__()
+        self.adapter, self.norm, self.path = adapter, norm, path
 
-def _grouped_linear(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
-    n, tokens, width = _stage(preset, setting, clips)
-    bottleneck, groups = width // setting["reduction"], setting["groups"]
-    weight = _draw(bottleneck, width // groups, seed=1) / math.sqrt(width // groups)
-
-    def convolution(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x.mT.unsqueeze(-1), weight[:, :, None, None], groups=groups).squeeze(-1).mT
-
-    return Problem(
-        lambda x, weight: ops.grouped_linear(x, weight, path="reference"),
-        (_draw(n, tokens, width, seed=2), weight.bfloat16().double()),
-        _op_paths("grouped_linear") | {"conv2d": lambda truth: convolution},
-        batched=(True, False),
-        work=lambda batch, itemsize, training: [
-            roofline.grouped_linear(batch * n // clips, tokens, width, bottleneck, groups, itemsize, training)
-        ],
-    )
+    def forward(self, x: Tensor, other: Tensor, branch: Tensor) -> Tensor:
+        xs, branches = (x, other), (branch, branch)
+        if isinstance(self.adapter, LavishAdapter):
+            out = ops.adapter(xs, branches, (self.adapter,) * 2, self.norm, nn.Identity(), path=self.path)
+            return out.flatten(0, 1) if isinstance(out, Tensor) else torch.cat(out)
+        maps = [t.permute(0, 2, 1).unsqueeze(-1) for t in xs]
+        adapted = [self.adapter(*pair).squeeze(-1).permute(0, 2, 1) for pair in (maps, maps[::-1])]
+        return torch.cat([t + self.norm(b) + a for t, b, a in zip(xs, branches, adapted)])
 
 
 def _adapter(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
@@ -440,76 +433,85 @@ def _adapter(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
     config = AdapterConfig(**{name: setting[name] for name in ("latents", "reduction", "groups")})
     torch.manual_seed(0)
 
-    class NetworkOrder(nn.Module):
-        """The released layout around the released adapter, from and to (n, N, C)."""
-
-        def __init__(self, truth: nn.Module, form: str) -> None:
-            super().__init__()
+    def released(form: str) -> Callable[[Step], Step]:
+        def build(truth: Step) -> Step:
             from benchmarks.baselines.released import ReleasedAdapter
 
-            self.adapter = ReleasedAdapter(width, config, gate=True, form=form)
-            tensors = truth.state_dict()
+            adapter = ReleasedAdapter(width, config, gate=True, form=form)
+            tensors = truth.adapter.state_dict()
             for name in ("down", "up"):
                 tensors[f"{name}.weight"] = tensors.pop(name)[:, :, None, None]
-            self.adapter.load_state_dict(tensors)
+            adapter.load_state_dict(tensors)
+            return Step(adapter, truth.norm)
 
-        def forward(self, x: Tensor, other: Tensor) -> Tensor:
-            x, other = (t.permute(0, 2, 1).unsqueeze(-1) for t in (x, other))
-            return self.adapter(x, other).squeeze(-1).permute(0, 2, 1)
+        return build
+
+    def work(batch: int, itemsize: int, training: bool) -> list[roofline.Op]:
+        images = 2 * batch * n // clips
+        op = roofline.adapter(images, tokens, tokens, width, config, itemsize, training)
+        return [replace(op, bytes=op.bytes + images * tokens * width * itemsize)]  # the branch
 
     return Problem(
-        randomise(LavishAdapter(width, config)),
-        (_draw(n, tokens, width, seed=1), _draw(n, tokens, width, seed=2)),
+        randomise(Step(LavishAdapter(width, config), nn.LayerNorm(width))),
+        tuple(_draw(n, tokens, width, seed=seed) for seed in (1, 2, 3)),
         {
             "reference": lambda truth: truth,
-            "released": lambda truth: NetworkOrder(truth, "conv"),
-            "released-bmm": lambda truth: NetworkOrder(truth, "bmm"),
+            "released": released("conv"),
+            "released-bmm": released("bmm"),
+            "fused": lambda truth: Step(truth.adapter, truth.norm, "fused"),
         },
-        work=lambda batch, itemsize, training: [
-            roofline.adapter(batch * n // clips, tokens, tokens, width, config, itemsize, training)
-        ],
+        # The streams one after the other, with all of a batch's clips in each.
+        rows=lambda out: out.unflatten(0, (2, -1)).transpose(0, 1).flatten(1),
+        work=work,
     )
 
 
 def _window_attention(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
     torch.manual_seed(0)
     frozen = next(attention for stage, *_, attention in _stages(preset) if stage == setting["stage"]).double()
-    heads, tokens, windows = frozen.heads, frozen.window**2, (frozen.size // frozen.window) ** 2
+    heads, window, windows = frozen.heads, frozen.window**2, (frozen.size // frozen.window) ** 2
     nn.init.normal_(frozen.cpb_mlp[2].weight, std=0.2)
     frozen.make_constants()
     n = 2 * clips * preset.swin.frames  # both streams
     width = frozen.proj.in_features
-    qkv = _draw(n, windows, tokens, 3 * width, seed=1)
-    constants = [frozen.logit_scale.detach(), frozen.bias] + ([] if frozen.mask is None else [frozen.mask])
+    names = [name for name in CONSTANTS if getattr(frozen, name) is not None]
+    # logit_scale before its exponential; the order of tokens is no number of any precision.
+    constants = [frozen.logit_scale.detach()] + [getattr(frozen, name) for name in names[1:] if name != "order"]
 
-    def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return qkv.unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind()
+    def by(path: str) -> Callable:
+        """What the network has between its two products, from the first one's output."""
+        attend = path if callable(path) else partial(ops.window_attention, path=path)
 
-    def by(op: Callable) -> Callable:
-        """The op on what the network has: the product's output, and constants; logit_scale before its exponential."""
-
-        def call(qkv: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-            return op(*split(qkv), logit_scale.clamp(max=math.log(100)).exp(), bias, mask)
+        def call(qkv: Tensor, logit_scale: Tensor, *constants: Tensor) -> Tensor:
+            given = dict(zip(names[1:], constants)) | {"scale": logit_scale.clamp(max=math.log(100)).exp()}
+            given["order"] = None if frozen.order is None else frozen.order.to(qkv.device)
+            given = [given.get(name) for name in CONSTANTS]
+            return attend(qkv, *given, window=frozen.window, shift=frozen.shift)
 
         return call
 
+    def library(backend: SDPBackend) -> Callable:
+        def attend(qkv: Tensor, scale: Tensor, table: Tensor, *constants: Tensor | None, **_: int) -> Tensor:
+            return reference.window_attention(qkv, scale, *constants, attend=_sdpa(backend))
+
+        return attend
+
     return Problem(
-        by(lambda *tensors: ops.window_attention(*tensors, path="reference")),
-        (qkv, *constants),
+        by("reference"),
+        (_draw(n, windows * window, 3 * width, seed=1), *constants),
         {
             "reference": lambda truth: truth,
             "timm-order": lambda truth: TimmOrder(frozen),
-            **{name: lambda truth, b=backend: by(_sdpa(b)) for name, backend in _SDPA.items()},
-            "xformers": lambda truth: by(partial(ops.window_attention, path="xformers")),
-            "fused": lambda truth: by(partial(ops.window_attention, path="fused")),
+            **{name: lambda truth, b=backend: by(library(b)) for name, backend in _SDPA.items()},
+            **{name: lambda truth, p=name: by(p) for name in ("sdpa", "xformers", "fused")},
         },
         batched=(True, *(False for _ in constants)),
-        wide=(1, 2, 3),
+        wide=tuple(range(1, len(constants) + 1)),
         work=lambda batch, itemsize, training: [
             roofline.window_attention(
                 batch * n // clips,
                 windows,
-                tokens,
+                window,
                 heads,
                 width // heads,
                 itemsize,
@@ -520,32 +522,51 @@ def _window_attention(preset: Preset, setting: dict[str, Any], clips: int) -> Pr
 
 
 class TimmOrder(nn.Module):
-    """What timm's WindowAttention does between its two products, position bias from its MLP on every forward.
+    """What timm does between its two products: rolls, windows, position bias from its MLP on every forward.
 
-    qkv (n, windows, N, 3C) -> (n, windows, heads, N, d); the truth's bias is passed in and not read.
+    qkv (n, T, 3C) -> (n, T, C); the truth's position bias is passed in and not read.
     """
 
     def __init__(self, frozen: WindowAttention) -> None:
         super().__init__()
         from timm.models.swin_transformer_v2 import WindowAttention as Timm
 
-        self.heads, self.tokens = frozen.heads, frozen.window**2
+        self.heads, self.window, self.size, self.shift = frozen.heads, frozen.window, frozen.size, frozen.shift
         timm = Timm(frozen.proj.in_features, (frozen.window, frozen.window), frozen.heads)
         timm.cpb_mlp.load_state_dict(frozen.cpb_mlp.state_dict())
         self.cpb_mlp = timm.cpb_mlp
         self.register_buffer("coordinates", timm.relative_coords_table)
         self.register_buffer("index", timm.relative_position_index.flatten())
 
-    def forward(self, qkv: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind()
+    def forward(self, qkv: Tensor, logit_scale: Tensor, *constants: Tensor) -> Tensor:
+        from timm.models.swin_transformer_v2 import window_partition, window_reverse
+
+        n, tokens, channels = qkv.shape
+        map_ = qkv.view(n, self.size, self.size, channels)
+        if self.shift:
+            map_ = map_.roll((-self.shift, -self.shift), (1, 2))
+        parts = window_partition(map_, (self.window, self.window)).flatten(1, 2)
+        out = self._attend(parts, logit_scale, constants[2] if self.shift else None)
+        out = window_reverse(
+            out.view(-1, self.window, self.window, channels // 3), (self.window, self.window), (self.size, self.size)
+        )
+        if self.shift:
+            out = out.roll((self.shift, self.shift), (1, 2))
+        return out.reshape(n, tokens, channels // 3)
+
+    def _attend(self, qkv: Tensor, logit_scale: Tensor, mask: Tensor | None) -> Tensor:
+        tokens = self.window**2
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
         logits = logits * logit_scale.clamp(max=math.log(100)).exp().to(q.dtype)
         table = self.cpb_mlp(self.coordinates).view(-1, self.heads)
-        position = table[self.index].view(self.tokens, self.tokens, -1).permute(2, 0, 1).contiguous()
+        position = table[self.index].view(tokens, tokens, -1).permute(2, 0, 1).contiguous()
         logits = logits + 16 * position.sigmoid()
         if mask is not None:
-            logits = logits + mask.unsqueeze(1).to(q.dtype)
-        return logits.softmax(-1) @ v
+            windows = len(mask)
+            logits = logits.unflatten(0, (-1, windows)) + mask.unsqueeze(1).to(q.dtype)
+            logits = logits.flatten(0, 1)
+        return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 _SDPA = {
@@ -572,7 +593,17 @@ CASES = {
         _one,
         _ave,
         MODES,
-        paths=("reference", "released", "released-bmm", "concatenated", "folded", "xformers", "fused"),
+        paths=(
+            "reference",
+            "model",
+            "released",
+            "released-bmm",
+            "concatenated",
+            "folded",
+            "xformers",
+            "fused",
+            "optimized",
+        ),
     ),
     "ave-vit": Case("the AVE network, LAVISH on ViT-B with r = 4 (Table 2)", _one, _ave_vit, MODES),
     "latents": Case(
@@ -594,27 +625,19 @@ CASES = {
         paths=("reference", "timm"),
     ),
     "gather_latents": Case("latents gather from a stream", _latent_settings, _gather_latents, batches=_most, paths=_OP),
-    "read_latents": Case("a stream reads the latents", _latent_settings, _read_latents, batches=_most, paths=_OP),
-    "grouped_linear": Case(
-        "the adapter's first 1x1 convolution",
-        _adapter_settings,
-        _grouped_linear,
-        batches=_most,
-        paths=(*_OP, "conv2d"),
-    ),
     "adapter": Case(
-        "one stream's adapter",
+        "both streams' residual step with their adapters",
         _adapter_settings,
         _adapter,
         batches=_most,
-        paths=("reference", "released", "released-bmm"),
+        paths=("reference", "released", "released-bmm", "fused"),
     ),
     "window_attention": Case(
         "Swin-V2's attention between its two products",
         _stage_settings,
         _window_attention,
         batches=_most,
-        paths=("reference", "timm-order", *_SDPA, "xformers", "fused"),
+        paths=("reference", "timm-order", *_SDPA, "sdpa", "xformers", "fused"),
     ),
 }
 PATHS = tuple(dict.fromkeys(path for case in CASES.values() for path in case.paths))
@@ -630,8 +653,9 @@ def refusal(case: str, mode: str, path: str, precision: str, device: str) -> str
         return f"xformers' attention takes CUDA tensors, got {device}"
     if path == "xformers" and find_spec("xformers") is None:
         return "xformers is missing: pip install 'xformers==0.0.35'"
+    if path == "fused" and device != "cuda":
+        return f"the kernels take CUDA tensors, got {device}"
     if path == "fused":
-        names = [case] if case in ops.OPS else [name for name in ops.OPS if name != "attention"]
-        tensor = torch.empty(0, device=device)
-        return "; ".join(dict.fromkeys(reason for name in names for reason in _checks.reasons(name, tensor))) or None
+        x = torch.empty(0, device=device, dtype=PRECISIONS[precision].weights)
+        return "; ".join(_checks.reasons(x, same_dtype=(x,))) or None
     return None

@@ -81,18 +81,24 @@ run() { # NAME LIMIT ARGUMENTS...: the step's budget reaches the runner through 
         --seconds "$seconds" --out "$out/bench.jsonl" "$@"
 }
 
-[[ " $missing " == *" pytest "* ]] || step "parity tests on the card" 80 "$python" -m pytest -m gpu \
-    -p no:cacheprovider --continue-on-collection-errors tests
+if [[ " $missing " != *" pytest "* ]]; then
+    # On a card the kernels' tests run on it, in every type; elsewhere in the interpreter, which the dry run leaves out.
+    [[ $dry ]] || step "the kernels' tests" 100 "$python" -m pytest -p no:cacheprovider -k "not buil" \
+        tests/test_kernel_*.py
+    step "parity tests on the card" 60 "$python" -m pytest -m gpu -p no:cacheprovider \
+        --continue-on-collection-errors --deselect tests/test_kernel tests
+fi
 for dtype in bfloat16 float32; do
     step "roofline, $dtype" 20 "$python" -m benchmarks roofline --measure --device "$device" --dtype $dtype \
         --out "$out/limits.jsonl"
 done
-run "kernels" 70 --case gather_latents,read_latents,grouped_linear,adapter,window_attention --batch "${batches##*,}"
-run "inference" 110 --case ave,backbone --mode inference --batch "$batches"
-step "ladder" 170 "$python" -m benchmarks ladder $common --batch $batch --execution $execution --seconds "$seconds" \
+run "kernels" 70 --case gather_latents,adapter,window_attention --batch "${batches##*,}"
+[[ $dry ]] || step "tuning" 60 bash -c 'set -o pipefail; "$@" | tee "$0"' "$out/tuned.txt" "$python" -m benchmarks tune --seconds 0.02
+run "inference" 100 --case ave,backbone --mode inference --batch "$batches"
+step "ladder" 150 "$python" -m benchmarks ladder $common --batch $batch --execution $execution --seconds "$seconds" \
     --timeout 50 --out "$out/ladder.jsonl"
-run "training" 100 --case ave --mode training --batch "$batches"
-run "peers" 90 --case cmbs,mbt,ave-vit,xdc,avts,gdt --batch "${batches%%,*}"
+run "training" 70 --case ave --mode training --batch "$batches"
+run "peers" 60 --case cmbs,mbt,ave-vit,xdc,avts,gdt --batch "${batches%%,*}"
 
 echo
 cat "$steps"

@@ -35,6 +35,7 @@ RUNGS = (
     Rung("+ xformers attention", "xformers"),
     Rung("+ fused kernels", "fused"),
     Rung("+ CUDA graph", "fused", execution="blocks+graph"),
+    Rung("lavish_fast.optimize", "optimized", execution="own"),
 )
 
 
@@ -48,7 +49,7 @@ def climb(
             how = how.removeprefix("blocks+")
         key = {"case": "ave", "mode": "inference", "preset": preset, "batch": batch, "setting": {}}
         key |= {"path": rung.path, "execution": how, "dtype": rung.dtype}
-        if rung.path == "released-bmm" and how == "eager":
+        if execution == "eager" and (how == "own" or rung.path == "released-bmm"):
             yield _row(device, key, "skipped", "asked for eager")
             continue
         with tempfile.TemporaryDirectory() as folder:

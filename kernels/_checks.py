@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+try:
+    import triton
+except ImportError:
+    triton = None
 
-def reasons(op: str, *tensors: Tensor) -> list[str]:
-    """All the reasons why `op` has to take its reference path for these tensors."""
-    found = [f"{op} has no fused kernel yet"]
-    found += [f"expected CUDA tensors, got {device}" for device in sorted({t.device.type for t in tensors} - {"cuda"})]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OLDEST = (8, 0)  # the compute capability that bfloat16 and the build tests begin at
+# Both are settled once for a process, and torch.compile need not ask.
+_INSTALLED = triton is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels in Python, on CPU tensors
+
+
+def reasons(*tensors: Tensor | None, same_dtype: Sequence[Tensor] = (), training: bool = False) -> list[str]:
+    """What every kernel asks of its tensors; `same_dtype` are those of one type, the first of them the stream.
+
+    training: whether gradients or batch statistics are wanted, which no kernel has.
+    """
+    given = [t for t in tensors if t is not None]
+    found = [] if _INSTALLED else ["expected triton to be installed, got none"]
+    kinds = sorted({str(t.device) for t in given})
+    allowed = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+    if any(t.device.type not in allowed for t in given):
+        found.append(f"expected CUDA tensors, got {', '.join(kinds)}")
+    elif len(kinds) > 1:
+        found.append(f"expected tensors on one device, got {', '.join(kinds)}")
+    elif given and given[0].is_cuda:
+        card = torch.cuda.get_device_properties(given[0].device)  # which torch.compile takes as a constant
+        if (card.major, card.minor) < _OLDEST:
+            found.append(f"expected compute capability 8.0 or newer, got {card.major}.{card.minor}")
+    names = sorted({str(t.dtype).removeprefix("torch.") for t in same_dtype})
+    if len(names) > 1:
+        found.append(f"expected tensors of one type, got {', '.join(names)}")
+    elif same_dtype and same_dtype[0].dtype not in DTYPES:
+        found.append(f"expected float32, float16 or bfloat16, got {names[0]}")
+    if training or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        found.append("expected evaluation without gradients, got training or tensors that require them")
     return found

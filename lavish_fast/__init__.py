@@ -2,7 +2,7 @@
 
 from lavish_fast.config import Config
 
-__all__ = ["Config", "Model"]
+__all__ = ["Config", "Model", "explain", "optimize"]
 __version__ = "0.1.0"
 
 
@@ -12,4 +12,8 @@ def __getattr__(name: str):
         from lavish_fast.model import Model
 
         return Model
+    if name in ("explain", "optimize"):
+        from lavish_fast import runtime
+
+        return getattr(runtime, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,14 +1,16 @@
-"""The LAVISH adapter: its parameters, and a forward as short as the figure in the paper."""
+"""The LAVISH adapter: its parameters, and a forward as short as the figure in the paper; and those of one block."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavish_fast import ops
+from lavish_fast import ops, reference
+from lavish_fast.backbones import Block
 from lavish_fast.config import AdapterConfig
 
 
@@ -21,10 +23,10 @@ class LavishAdapter(nn.Module):
         gate: whether the output is scaled by a trainable gate, 0 at the start.
         cross_modal: whether the stream reads the other one through the latent tokens.
 
-    A fresh adapter with a gate returns exactly zero. Its ops take the path that `path` says.
+    A fresh adapter with a gate returns exactly zero.
     """
 
-    path = "auto"
+    path = "auto"  # of gather_latents, where the adapter as a whole is not fused
 
     def __init__(self, width: int, config: AdapterConfig, *, gate: bool = True, cross_modal: bool = True) -> None:
         super().__init__()
@@ -43,16 +45,35 @@ class LavishAdapter(nn.Module):
         """g LN(BN(up(ReLU(BN(down(LN(X'))))))). x (n, N, C), other (n, M, C) or None -> (n, N, C)."""
         if self.latents is not None:
             summary = ops.gather_latents(self.latents, other, path=self.path)
-            x = ops.read_latents(x, summary, self.gate_av, path=self.path)
+            x = reference.read_latents(x, summary, self.gate_av)
         if self.ln_before is not None:
             x = self.ln_before(x)
-        z = ops.grouped_linear(x, self.down, path=self.path)
+        z = reference.grouped_linear(x, self.down)
         z = F.relu(_channelwise(self.bn1, z))
-        z = ops.grouped_linear(z, self.up, path=self.path)
+        z = reference.grouped_linear(z, self.up)
         z = _channelwise(self.bn2, z)
         if self.ln_after is not None:
             z = self.ln_after(z)
         return z if self.gate is None else self.gate * z
+
+
+class BlockAdapters(nn.ModuleDict):
+    """The adapters of one block, "audio_p1", "video_p1", "audio_p2" and "video_p2" or some of them."""
+
+    path = "auto"
+
+    def at(self, place: str) -> list[LavishAdapter]:
+        """Those beside one branch, audio first; none if the model has none there."""
+        return [adapter for name, adapter in self.items() if name.endswith(place)]
+
+    def forward(self, block: Block, place: str, xs: Sequence[Tensor], branches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The streams after the branch at `place`: X + norm(B) + LAV(X, Y), or without adapters X + norm(B).
+
+        xs: the block's streams, (n, N, C) each, audio first. branches: `block.branch(place, x)` of each.
+        """
+        if not (adapters := self.at(place)):
+            return [x + block.finish(place, branch) for x, branch in zip(xs, branches, strict=True)]
+        return ops.adapter(xs, branches, adapters, block.norm(place), block.drop_path, path=self.path)
 
 
 def _channelwise(norm: nn.Module | None, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Swin-V2's cosine attention by the attention kernels of PyTorch and xformers.
 
-They take the normalised q and k, and position bias and shift mask as one additive bias in the type of q. Windows are
-joined to the heads, so that the bias of one image serves all images by a stride of zero.
+They take the normalised q and k, and position bias and shift mask as one additive bias in the type of q, which serves
+every entry of the batch by a stride of zero.
 """
 
 from __future__ import annotations
@@ -12,6 +12,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _ALIGNMENT = 8  # elements: what xformers' kernel asks of a bias's rows
+
+# Where another library's kernel is faster than ours, by kind of device; measured, see benchmarks/results.
+FASTEST = {"cpu": "sdpa"}
+
+
+def fastest(x: Tensor) -> str:
+    """The path of window attention for a tensor like `x` in inference: "auto" unless another kernel is faster."""
+    return FASTEST.get(x.device.type, "auto")
 
 
 def sdpa(
@@ -26,17 +34,33 @@ def sdpa(
 ) -> Tensor:
     """`reference.window_attention` by `scaled_dot_product_attention`, on the backend named and no other.
 
-    Without a name it is the memory-efficient kernel on CUDA, the flash kernel on a CPU. Left to itself PyTorch may take
+    Without a name it is the memory-efficient kernel on CUDA, and on a CPU the flash kernel in at least float32, which
+    there is both faster and more accurate than in narrower types. Left to itself PyTorch may take
     cuDNN on Hopper, which reads a float32 bias beside a bfloat16 q wrongly.
 
     Raises: RuntimeError where this backend does not take these tensors.
     """
-    if backend is None:
-        backend = SDPBackend.EFFICIENT_ATTENTION if q.is_cuda else SDPBackend.FLASH_ATTENTION
+    if backend is None and not q.is_cuda:
+        return _sdpa_on_cpu(q, k, v, logit_scale, bias, mask)
     shape = v.shape
     q, k, v, bias = _prepare(q, k, v, logit_scale, bias, mask)
-    with sdpa_kernel(backend):
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if backend is None else backend):
         return F.scaled_dot_product_attention(q, k, v, bias.unsqueeze(0), scale=1.0).view(shape)
+
+
+def _sdpa_on_cpu(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    # Windows that are masked differently go one after another: as more heads they would have to be copied together.
+    shape, dtype = v.shape, v.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    q = F.normalize(q.to(wide), dim=-1) * logit_scale.to(wide)
+    k, v, bias = F.normalize(k.to(wide), dim=-1), v.to(wide), bias.to(wide)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        if mask is None:
+            out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), bias.unsqueeze(0), scale=1.0)
+            return out.to(dtype).view(shape)
+        windows = zip(*(x.unbind(1) for x in (q, k, v)), mask.to(wide), strict=True)
+        out = [F.scaled_dot_product_attention(*x, (bias + m).unsqueeze(0), scale=1.0) for *x, m in windows]
+    return torch.stack(out, 1).to(dtype)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -60,16 +84,20 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor,
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     op = (fmha.cutlass.FwOp, None)
     out = fmha.memory_efficient_attention(q, k, v, attn_bias=bias, scale=1.0, op=op)
-    return out.transpose(1, 2).unflatten(1, shape[1:3])
+    return out.transpose(1, 2).reshape(shape)
 
 
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v (n, windows, heads, N, d) -> (n, windows * heads, N, d), and the bias (windows * heads, N, N)."""
+    """q, k, v (n, windows, heads, N, d) -> 4-D, and the bias that serves them all: (heads, N, N) of one batch entry.
+
+    Without a mask a batch entry is a window; with one it is an image, whose windows are joined to its heads.
+    """
     wide, dtype = torch.promote_types(q.dtype, torch.float32), v.dtype
     q = (F.normalize(q.to(wide), dim=-1) * logit_scale.to(wide)).to(dtype)
     k = F.normalize(k.to(wide), dim=-1).to(dtype)
-    bias = bias if mask is None else bias + mask.unsqueeze(1)
-    bias = bias.expand(q.shape[1], *bias.shape[-3:]).flatten(0, 1).to(dtype)
+    if mask is None:
+        return *(x.flatten(0, 1) for x in (q, k, v)), bias.to(dtype)
+    bias = (bias + mask.unsqueeze(1)).flatten(0, 1).to(dtype)
     return *(x.flatten(1, 2) for x in (q, k, v)), bias

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from lavish_fast.media import Clip
     from lavish_fast.model import Model
+    from lavish_fast.ops import Choice
     from lavish_fast.training import Evaluation
 
 _PRESET = "ave-swinv2-large"
@@ -491,8 +492,8 @@ def info() -> None:
     console.print(_facts_table(versions, "versions"))
     console.print(_facts_table(_devices(), "devices"))
     table = Table("op", "path", "why not fused", title="ops", title_justify="left", title_style="bold")
-    for op, path, reasons in _paths():
-        table.add_row(op, path, "; ".join(reasons))
+    for choice in _paths():
+        table.add_row(choice.op, choice.path, "; ".join(choice.reasons))
     console.print(table)
 
 
@@ -530,25 +531,26 @@ def _devices() -> dict[str, str]:
     return devices if len(devices) > 1 else devices | {"cuda": "none"}
 
 
-# What the ops see in the third stage of Swin-V2-L at 192 pixels: 144 tokens, C = 768, 24 heads, 2 latents.
-_EXAMPLES = {
-    "gather_latents": ((2, 768), (1, 144, 768)),
-    "read_latents": ((1, 144, 768), (1, 2, 768)),
-    "grouped_linear": ((1, 144, 768), (96, 384)),
-    "attention": ((1, 24, 144, 32),) * 3,
-    "window_attention": ((1, 1, 24, 144, 32),) * 3,
-}
-
-
-def _paths() -> Iterator[tuple[str, str, list[str]]]:
+def _paths() -> list[Choice]:
+    """What each op chooses here in inference, on small tensors."""
     import torch
 
     from lavish_fast import ops
+    from lavish_fast.adapter import BlockAdapters, LavishAdapter
+    from lavish_fast.backbones.swin_v2 import Block, WindowAttention
+    from lavish_fast.config import AdapterConfig
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for op in ops.OPS:
-        path, reasons = ops.choose(op, "auto", *(torch.empty(shape, device=device) for shape in _EXAMPLES[op]))
-        yield op, path, reasons
+    width, heads, size = 96, 3, 6
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.no_grad(), ops.recording() as choices:
+        block = Block(width, WindowAttention(width, heads, size, size, 0, 0), 1, 0.0).eval()
+        adapters = BlockAdapters(
+            {f"{stream}_p1": LavishAdapter(width, AdapterConfig()) for stream in ("audio", "video")}
+        )
+        x = torch.randn(1, size * size, width)
+        ops.gather_latents(adapters["audio_p1"].latents, x)
+        adapters.eval()(block, "p1", [x, x], [block.branch("p1", x)] * 2)
+        ops.attention(x[None], x[None], x[None], 1.0)
+    return list({choice.op: choice for choice in choices}.values())
 
 
 def _facts_table(facts: Mapping[str, str], title: str | None = None) -> Table:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavish_fast import ops
+from lavish_fast import ops, reference
 from lavish_fast.adapter import LavishAdapter
-from lavish_fast.model import Model
+from lavish_fast.backbones import PLACES
+from lavish_fast.backbones.swin_v2 import CONSTANTS, WindowAttention
+from lavish_fast.model import Model, images
 
 
 class FoldedAdapter(nn.Module):
@@ -54,11 +56,11 @@ class FoldedAdapter(nn.Module):
         """x (n, N, C), other (n, M, C) -> (n, N, C)."""
         if self.latents is not None:
             summary = ops.gather_latents(self.latents, other, path=self.path)
-            x = ops.read_latents(x, summary, self.gate_av, path=self.path)
+            x = reference.read_latents(x, summary, self.gate_av)
         if self.eps[0] is not None:
             x = F.layer_norm(x, x.shape[-1:], eps=self.eps[0])
-        z = F.relu(ops.grouped_linear(x, self.down, path=self.path) + self.down_bias)
-        z = ops.grouped_linear(z, self.up, path=self.path) + self.up_bias
+        z = F.relu(reference.grouped_linear(x, self.down) + self.down_bias)
+        z = reference.grouped_linear(z, self.up) + self.up_bias
         return z if self.ln_weight is None else F.layer_norm(z, z.shape[-1:], self.ln_weight, self.ln_bias, self.eps[1])
 
 
@@ -69,48 +71,153 @@ def _fold_batch_norm(norm: nn.BatchNorm1d | None, weight: Tensor, bias: Tensor) 
     return weight * scale[:, None], (bias - norm.running_mean.double()) * scale + norm.bias.double()
 
 
-class Block(nn.Module):
-    """A frozen block with its adapters, on both streams as one batch (2n, N, C), audio first."""
+class Linear(nn.Module):
+    """A frozen linear layer, with GELU behind it if asked for; x (..., C) -> (..., D)."""
 
-    def __init__(self, frozen: nn.Module, adapters: nn.ModuleDict) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> None:
         super().__init__()
-        self.frozen, self.adapters = frozen, adapters
+        self.gelu = gelu
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        for place, branch in (("p1", self.frozen.attention_branch), ("p2", self.frozen.mlp_branch)):
-            audio, video = x.chunk(2)
-            x = x + branch(x)
-            if f"audio_{place}" in self.adapters:
-                out = self.adapters[f"audio_{place}"](audio, video), self.adapters[f"video_{place}"](video, audio)
-                x = x + torch.cat(out)
-        return x
+        x = F.linear(x, self.weight, self.bias)
+        return F.gelu(x) if self.gelu else x
+
+
+class PackedLinear(Linear):
+    """The same on a CPU by oneDNN, its weight in the order that oneDNN's product reads, GELU in the product's epilogue.
+
+    The compiler leaves it as it is: Inductor would take MKL for float32, which is slower on some processors.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> None:
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight), bias, gelu)
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether oneDNN has a product for this weight on this processor."""
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        supported = {
+            torch.float32: lambda: True,
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        }
+        return weight.dtype in supported and supported[weight.dtype]()
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        attribute, algorithm = ("gelu", "none") if self.gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attribute, [], algorithm)
+
+
+class Attention(nn.Module):
+    """`WindowAttention` between its two products, its constants as they are."""
+
+    def __init__(self, frozen: WindowAttention, path: str) -> None:
+        super().__init__()
+        self.size, self.window, self.shift, self.path = frozen.size, frozen.window, frozen.shift, path
+        for name in CONSTANTS:
+            self.register_buffer(name, getattr(frozen, name))
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """(n, T, 3C) -> (n, T, C)."""
+        constants = (getattr(self, name) for name in CONSTANTS)
+        return ops.window_attention(qkv, *constants, window=self.window, shift=self.shift, path=self.path)
+
+
+class Step(nn.Module):
+    """What follows a frozen branch: its post-norm, the adapters and the residual sums, all streams in one batch."""
+
+    def __init__(self, norm: nn.LayerNorm, adapters: list[nn.Module], path: str) -> None:
+        super().__init__()
+        self.norm, self.adapters, self.path = norm, nn.ModuleList(adapters), path
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x, branch (streams * n, N, C) -> the same."""
+        if not self.adapters:
+            return x + self.norm(branch)
+        xs, branches = (t.chunk(len(self.adapters)) for t in (x, branch))
+        out = ops.adapter(xs, branches, self.adapters, self.norm, nn.Identity(), path=self.path)
+        return out.flatten(0, 1) if isinstance(out, Tensor) else torch.cat(out)
+
+
+class Block(nn.Module):
+    """A frozen block with its adapters, on all streams as one batch (streams * n, N, C), audio first."""
+
+    def __init__(self, enter: nn.Module, attention: Attention, linears: dict[str, Linear], steps: list[Step]) -> None:
+        super().__init__()
+        self.enter, self.attention = enter, attention
+        self.qkv, self.proj, self.fc1, self.fc2 = (linears[name] for name in ("qkv", "proj", "fc1", "fc2"))
+        self.p1, self.p2 = steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        x = self.p1(x, self.proj(self.attention(self.qkv(x))))
+        return self.p2(x, self.fc2(self.fc1(x)))
 
 
 class Inference(nn.Module):
     """The same function as `model` in evaluation, called as it is.
 
     Args:
-        model: a Swin-V2 with both streams; it stays as it is, its weights are copied.
-        fold: whether constants are folded into the weights.
+        model: on a Swin-V2, with one stream or both; it stays as it is, its weights are copied.
+        dtype: of the weights and of what runs between them; that of the model without it. Folding is done before.
+        fold: whether constants are folded into the weights. The fused adapter applies them as they are.
         path: of every op, as for `lavish_fast.ops`. attention: of the window attention, if another.
+        pack: whether linear layers keep their weights in oneDNN's order, on a CPU that has products for it.
 
     Raises: ValueError for other models.
     """
 
-    def __init__(self, model: Model, *, fold: bool = True, path: str = "auto", attention: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        dtype: torch.dtype | None = None,
+        fold: bool = True,
+        path: str = "auto",
+        attention: str | None = None,
+        pack: bool = False,
+    ) -> None:
         super().__init__()
-        got = model.config.backbone.kind, model.config.modality
-        if got != ("swinv2", "audio+video"):
-            raise ValueError(f"inference: expected a swinv2 with audio+video, got {' with '.join(got)}")
-        model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.model = model
-        for adapters in model.adapters:
-            for name, adapter in adapters.items():
-                adapter.path = path
-                adapters[name] = FoldedAdapter(adapter) if fold else adapter
-        for block in model.backbone.blocks:
-            block.attn.path = attention or path
-        self.blocks = nn.ModuleList(Block(*pair) for pair in zip(model.backbone.blocks, model.adapters, strict=True))
+        if model.config.backbone.kind != "swinv2":
+            raise ValueError(f"inference: expected a model on a swinv2, got one on a {model.config.backbone.kind}")
+        self.config = model.config
+        backbone = model.backbone
+        self.dtype = dtype or backbone.norm.weight.dtype
+
+        def own(module: nn.Module) -> nn.Module:
+            return copy.deepcopy(module).to(self.dtype).eval().requires_grad_(False)
+
+        def linear(weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Linear:
+            weight, bias = (t if t is None else t.detach().to(self.dtype, copy=True) for t in (weight, bias))
+            return (PackedLinear if pack and PackedLinear.takes(weight) else Linear)(weight, bias, gelu)
+
+        def entrance(i: int) -> nn.Module:
+            if (merging := backbone.entrance(i)) is None:
+                return nn.Identity()
+            merging = own(merging)
+            merging.reduction = linear(merging.reduction.weight, None)
+            return merging
+
+        blocks, first = [], self.config.adapter.first_block
+        for i, (frozen, adapters) in enumerate(zip(backbone.blocks[first:], model.adapters, strict=True), first):
+            linears = {"qkv": linear(frozen.attn.qkv.weight, frozen.attn.qkv_bias)}
+            linears["proj"] = linear(frozen.attn.proj.weight, frozen.attn.proj.bias)
+            linears["fc1"] = linear(frozen.mlp.fc1.weight, frozen.mlp.fc1.bias, gelu=True)
+            linears["fc2"] = linear(frozen.mlp.fc2.weight, frozen.mlp.fc2.bias)
+            steps = []
+            for place in PLACES:
+                mine = [own(FoldedAdapter(a) if fold else a) for a in adapters.at(place)]
+                for adapter in mine:
+                    adapter.path = path
+                steps.append(Step(own(frozen.norm(place)), mine, path))
+            constants = Attention(copy.deepcopy(frozen.attn), attention or path)
+            blocks.append(Block(entrance(i), constants, linears, steps))
+        self.embed, self.blocks = own(backbone.patch_embed), nn.ModuleList(blocks)
+        self.norm, self.head = own(backbone.norm), own(model.head)
         self.eval()
 
     def train(self, mode: bool = True) -> Inference:
@@ -120,9 +227,13 @@ class Inference(nn.Module):
     @torch.no_grad()
     def forward(self, audio: Any, video: Tensor | None = None) -> Tensor:
         """(B, T, frames, mel bins) or a list that starts with it, (B, T, 3, S, S) -> class probabilities (B * T, K)."""
-        images, backbone = self.model._images(audio, video), self.model.backbone
-        x = backbone.embed(torch.cat((images["audio"], images["video"])))
-        for i, block in enumerate(self.blocks):
-            x = block(backbone.enter(i, x))
-        sound, sight = backbone.pool(x).chunk(2)
-        return self.model.head(torch.cat((sight, sound), -1))
+        return self.classify(*images(self.config, audio, video).values())
+
+    @torch.no_grad()
+    def classify(self, *streams: Tensor) -> Tensor:
+        """Images of each stream, (n, 3, S, S), audio first, to class probabilities (n, K)."""
+        x = self.embed(torch.cat(streams).to(self.dtype))
+        for block in self.blocks:
+            x = block(x)
+        # Video first, as in `Model.features`.
+        return self.head(torch.cat(self.norm(x).mean(1).chunk(len(streams))[::-1], -1))

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lavish_fast import backbones, checkpoint
-from lavish_fast.adapter import LavishAdapter
+from lavish_fast import backbones, checkpoint, ops
+from lavish_fast.adapter import BlockAdapters, LavishAdapter
+from lavish_fast.backbones import PLACES
 from lavish_fast.config import Config
 from lavish_fast.tasks.ave import AVEHead
-
-_OTHER = {"audio": "video", "video": "audio"}
 
 
 class Model(nn.Module):
@@ -39,9 +38,9 @@ class Model(nn.Module):
         self.backbone = backbones.build(config.backbone)
         settings = config.adapter
         cross_modal = settings.cross_modal and len(config.streams) == 2
-        places = [place for place in ("p1", "p2") if getattr(settings, place)]
+        places = [place for place in PLACES if getattr(settings, place)]
         self.adapters = nn.ModuleList(
-            nn.ModuleDict(
+            BlockAdapters(
                 {
                     f"{stream}_{place}": LavishAdapter(
                         width,
@@ -72,50 +71,32 @@ class Model(nn.Module):
 
     def features(self, audio: Any, video: Tensor | None = None) -> Tensor:
         """The head's input (B * T, 2C): video then audio for Swin-V2, audio then video for ViT; C for one stream."""
-        pooled = {stream: self.backbone.pool(x) for stream, x in self._run(audio, video).items()}
-        order = ("audio", "video") if self.config.backbone.kind == "vit" else ("video", "audio")
-        return torch.cat([pooled[stream] for stream in order if stream in pooled], -1)
+        return self._features(*images(self.config, audio, video).values())
 
-    def _run(self, audio: Any, video: Tensor | None) -> dict[str, Tensor]:
-        streams = {stream: self.backbone.embed(x) for stream, x in self._images(audio, video).items()}
+    def classify(self, *streams: Tensor) -> Tensor:
+        """Images of each stream, (n, 3, H, W), audio first, to class probabilities (n, K)."""
+        return self.head(self._features(*streams))
+
+    def _features(self, *streams: Tensor) -> Tensor:
+        xs = [self.backbone.embed(x) for x in streams]
         first = self.config.adapter.first_block
         for i, block in enumerate(self.backbone.blocks[first:], first):
-            streams = {stream: self.backbone.enter(i, x) for stream, x in streams.items()}
-            adapters = self.adapters[i - first]
-            for place, branch in (("p1", block.attention_branch), ("p2", block.mlp_branch)):
-                old = streams
-                streams = {stream: x + branch(x) for stream, x in old.items()}
-                if f"{next(iter(old))}_{place}" in adapters:
-                    streams = {
-                        stream: x + adapters[f"{stream}_{place}"](old[stream], old.get(_OTHER[stream]))
-                        for stream, x in streams.items()
-                    }
-        return streams
+            xs = [self.backbone.enter(i, x) for x in xs]
+            for place in PLACES:
+                xs = self.adapters[i - first](block, place, xs, [block.branch(place, x) for x in xs])
+        pooled = [self.backbone.pool(x) for x in xs]
+        return torch.cat(pooled if self.config.backbone.kind == "vit" else pooled[::-1], -1)
 
-    def _images(self, audio: Any, video: Tensor | None) -> dict[str, Tensor]:
-        if isinstance(audio, (list, tuple)):
-            audio = audio[0] if len(audio) else None
-        side, spectrogram = self.config.backbone.img_size, self.config.spectrogram
-        # A ViT takes spectrograms of any size; Swin-V2's windows are laid out for one size of image.
-        shape = (side, side) if self.config.backbone.kind == "swinv2" else (spectrogram.frames, spectrogram.mel_bins)
-        given = {"audio": (audio, shape), "video": (video, (3, side, side))}
-        images = {}
-        for stream in self.config.streams:
-            x, expected = given[stream]
-            wanted = f"{stream}: expected a floating tensor (B, T, {', '.join(map(str, expected))})"
-            if not isinstance(x, Tensor):
-                raise ValueError(f"{wanted}, got {type(x).__name__}")
-            if x.ndim != 2 + len(expected) or tuple(x.shape[2:]) != expected or not x.is_floating_point():
-                raise ValueError(f"{wanted}, got {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}")
-            if stream == "audio":
-                x = x.unsqueeze(2).expand(-1, -1, 3, -1, -1)
-            images[stream] = x.flatten(0, 1)
-        if len(images) == 2 and audio.shape[:2] != video.shape[:2]:
-            raise ValueError(
-                f"audio and video: expected the same clips and seconds (B, T), "
-                f"got {tuple(audio.shape[:2])} and {tuple(video.shape[:2])}"
-            )
-        return images
+    def set_path(self, path: str) -> Model:
+        """Sets the path of every op, "auto", "fused" or "reference" (see `lavish_fast.ops`), and returns the model.
+
+        Raises: ValueError for another one.
+        """
+        ops.check_path(path)
+        for module in self.modules():
+            if hasattr(module, "path"):
+                module.path = path
+        return self
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of the adapters, then of the head: all that training changes."""
@@ -220,6 +201,36 @@ class Model(nn.Module):
                 f"{source}: expected the backbone it was trained on (checksum {str(expected)[:12]}), got {got[:12]}"
             )
         return model.eval()
+
+
+def images(config: Config, audio: Any, video: Tensor | None) -> dict[str, Tensor]:
+    """What the backbone sees of each stream that runs, by name, audio first: (B * T, 3, H, W).
+
+    Raises: ValueError naming the input, what was expected and what came.
+    """
+    if isinstance(audio, (list, tuple)):
+        audio = audio[0] if len(audio) else None
+    side, spectrogram = config.backbone.img_size, config.spectrogram
+    # A ViT takes spectrograms of any size; Swin-V2's windows are laid out for one size of image.
+    shape = (side, side) if config.backbone.kind == "swinv2" else (spectrogram.frames, spectrogram.mel_bins)
+    given = {"audio": (audio, shape), "video": (video, (3, side, side))}
+    found = {}
+    for stream in config.streams:
+        x, expected = given[stream]
+        wanted = f"{stream}: expected a floating tensor (B, T, {', '.join(map(str, expected))})"
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{wanted}, got {type(x).__name__}")
+        if x.ndim != 2 + len(expected) or tuple(x.shape[2:]) != expected or not x.is_floating_point():
+            raise ValueError(f"{wanted}, got {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}")
+        if stream == "audio":
+            x = x.unsqueeze(2).expand(-1, -1, 3, -1, -1)
+        found[stream] = x.flatten(0, 1)
+    if len(found) == 2 and audio.shape[:2] != video.shape[:2]:
+        raise ValueError(
+            f"audio and video: expected the same clips and seconds (B, T), "
+            f"got {tuple(audio.shape[:2])} and {tuple(video.shape[:2])}"
+        )
+    return found
 
 
 class _Trainable(nn.Module):

@@ -1,67 +1,220 @@
 """The public ops, each with its path: the only file that chooses between reference and fused.
 
 path "reference" takes `lavish_fast.reference`; "fused" takes the kernel or raises with all the reasons why it cannot;
-"auto" takes the kernel when there is no such reason. The choice depends on the tensors alone.
+"auto" takes the kernel on a CUDA device when there is no such reason. The choice depends on the tensors' devices,
+types and shapes and on whether gradients are wanted, on nothing else. `recording` writes down what was chosen.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 from lavish_fast import attention as attention_kernels
 from lavish_fast import reference
 from lavish_fast.kernels import _checks
 
-OPS = ("gather_latents", "read_latents", "grouped_linear", "attention", "window_attention")
+try:
+    from lavish_fast.kernels import adapter as adapter_kernel
+    from lavish_fast.kernels import gather_latents as gather_kernel
+    from lavish_fast.kernels import window_attention as window_kernel
+except ImportError:  # no triton: `_checks.reasons` says so
+    adapter_kernel = gather_kernel = window_kernel = None
+
+if TYPE_CHECKING:
+    from lavish_fast.adapter import LavishAdapter
+
+OPS = ("gather_latents", "adapter", "window_attention", "attention")
 
 
-def choose(op: str, path: str, *tensors: Tensor) -> tuple[str, list[str]]:
-    """The path that `op` takes for these tensors, "fused" or "reference", and the reasons against the fused one.
+class Choice(NamedTuple):
+    """What an op took: the path, why not the fused one (nothing if it is), and where its launch constants come from.
+
+    shape, dtype: of the stream. width: what its launch constants go by, beside type and card.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    path: str
+    reasons: list[str]
+    width: int
+    constants: str = ""
+
+
+_records: list[list[Choice]] = []
+
+
+@contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """A list that every choice made inside is appended to, in order."""
+    found: list[Choice] = []
+    _records.append(found)
+    try:
+        yield found
+    finally:
+        _records.remove(found)
+
+
+def check_path(path: str) -> None:
+    """Raises: ValueError for an unknown path."""
+    if path not in ("auto", "fused", "reference"):
+        raise ValueError(f"path: expected 'auto', 'fused' or 'reference', got {path!r}")
+
+
+def choose(op: str, path: str, x: Tensor, width: int, reasons: Callable[[], list[str]]) -> bool:
+    """Whether `op` takes its fused path for the stream `x`.
+
+    width: as in `Choice`. reasons: why the kernel cannot, as a list of sentences.
 
     Raises: ValueError for an unknown path, or when "fused" is asked for and cannot be had.
     """
-    if path not in ("auto", "fused", "reference"):
-        raise ValueError(f"path: expected 'auto', 'fused' or 'reference', got {path!r}")
+    check_path(path)
     if path == "reference":
-        return "reference", ["asked for"]
-    reasons = _checks.reasons(op, *tensors)
-    if path == "fused" and reasons:
-        raise ValueError(f"{op}: expected tensors that the fused kernel takes, got: {'; '.join(reasons)}")
-    return ("reference" if reasons else "fused"), reasons
+        found = ["asked for"]
+    elif path == "auto" and not x.is_cuda:
+        found = [f"expected CUDA tensors, got {x.device}"]
+    else:
+        found = reasons()
+    if path == "fused" and found:
+        raise ValueError(f"{op}: expected tensors that the fused kernel takes, got: {'; '.join(found)}")
+    _record(op, x, "reference" if found else "fused", found, width)
+    return not found
+
+
+def _record(op: str, x: Tensor, path: str, reasons: list[str], width: int) -> None:
+    for found in _records:
+        constants = ""
+        if path == "fused":
+            from lavish_fast.kernels import _launch, _tuning
+
+            constants = _tuning.row(op, _launch.architecture(x.device), x.dtype, width)[1]
+        found.append(Choice(op, tuple(x.shape), x.dtype, path, reasons, width, constants))
 
 
 def gather_latents(latents: Tensor, other: Tensor, *, path: str = "auto") -> Tensor:
     """S = L + softmax(L Yᵀ) Y. latents (m, C), other (n, N, C) -> (n, m, C)."""
-    choose("gather_latents", path, latents, other)
+    if choose("gather_latents", path, other, other.shape[-1], lambda: _reasons(gather_kernel, [latents], [other])):
+        return gather_kernel.gather_latents([latents], [other])[0]
     return reference.gather_latents(latents, other)
 
 
-def read_latents(x: Tensor, summary: Tensor, gate_av: Tensor, *, path: str = "auto") -> Tensor:
-    """X' = X + g_av softmax(X Sᵀ) S. x (n, N, C), summary (n, m, C), gate_av (1,) -> (n, N, C)."""
-    choose("read_latents", path, x, summary)
-    return reference.read_latents(x, summary, gate_av)
+def adapter(
+    xs: Sequence[Tensor],
+    branches: Sequence[Tensor],
+    adapters: Sequence[LavishAdapter],
+    norm: nn.LayerNorm | None,
+    drop_path: nn.Module,
+    *,
+    path: str = "auto",
+) -> Sequence[Tensor]:
+    """X + norm(B) + LAV(X, Y) of one stream, or of two that read each other.
 
+    Args:
+        xs: (n, N, C) each.
+        branches: the frozen branch's output of each, before `norm`.
+        adapters: of each; LAV as `LavishAdapter.forward`.
+        norm: the block's post-norm, where it has one. drop_path: of the frozen branch, in training.
 
-def grouped_linear(x: Tensor, weight: Tensor, *, path: str = "auto") -> Tensor:
-    """A 1x1 convolution in groups. x (n, N, C), weight (D, C / G) -> (n, N, D)."""
-    choose("grouped_linear", path, x, weight)
-    return reference.grouped_linear(x, weight)
+    Returns: the streams; from the kernel as one tensor (streams, n, N, C).
+    """
+    xs, branches = list(xs), list(branches)
+    others = xs[::-1] if len(xs) == 2 else [None]
+    reasons = partial(_adapter_reasons, xs, branches, adapters, norm, drop_path)
+    if choose("adapter", path, xs[0], len(adapters[0].down), reasons):
+        latents = [a.latents for a in adapters]
+        gathers = latents[0] is not None
+        summaries = gather_kernel.gather_latents(latents, others) if gathers else None
+        return adapter_kernel.adapter(xs, branches, summaries, *_weights(adapters, norm), eps=_eps(adapters, norm))
+    branches = [drop_path(b if norm is None else norm(b)) for b in branches]
+    return [x + b + adapt(x, other) for x, b, adapt, other in zip(xs, branches, adapters, others, strict=True)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, path: str = "auto") -> Tensor:
     """softmax(scale q kᵀ) v. q, k, v (n, heads, N, d) -> (n, heads, N, d)."""
-    choose("attention", path, q, k, v)
+    choose("attention", path, q, q.shape[-1], lambda: ["there is no fused kernel for it"])
     return reference.attention(q, k, v, scale)
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None, *, path: str = "auto"
+    qkv: Tensor,
+    logit_scale: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    order: Tensor | None,
+    *,
+    window: int,
+    shift: int,
+    path: str = "auto",
 ) -> Tensor:
-    """Swin-V2's cosine attention. q, k, v (n, windows, heads, N, d) -> the same; bias (heads, N, N).
+    """Swin-V2's cosine attention. qkv (n, T, 3C) in image order -> (n, T, C).
 
-    path: also "sdpa" and "xformers", the kernels of those libraries (`lavish_fast.attention`).
+    Args:
+        logit_scale: (heads, 1, 1), exponentiated and clamped.
+        table: (heads, (2 window - 1)²), the position bias by offset; bias: (heads, N, N), the same by pair of tokens.
+        mask: (windows, N, N), where windows are shifted. order: (T,), the token at each place of each window, where
+            there are several.
+        path: also "sdpa" and "xformers", the kernels of those libraries (`lavish_fast.attention`).
     """
+    attend, given = reference.cosine_attention, (qkv, logit_scale, table, window, shift)
+    tokens, d = window * window, qkv.shape[-1] // (3 * len(logit_scale))
+    width = tokens if window_kernel is None else window_kernel.tuning_width(tokens, d)
+    if path == "auto" and not torch.is_grad_enabled():
+        path = attention_kernels.fastest(qkv)
     if path in ("sdpa", "xformers"):
-        return getattr(attention_kernels, path)(q, k, v, logit_scale, bias, mask)
-    choose("window_attention", path, q, k, v)
-    return reference.window_attention(q, k, v, logit_scale, bias, mask)
+        attend = getattr(attention_kernels, path)
+        _record("window_attention", qkv, path, ["asked for, or the faster one here"], width)
+    elif choose("window_attention", path, qkv, width, partial(_reasons, window_kernel, *given)):
+        return window_kernel.window_attention(*given)
+    return reference.window_attention(qkv, logit_scale, bias, mask, order, attend=attend)
+
+
+def _reasons(kernel, *arguments) -> list[str]:
+    return _checks.reasons() if kernel is None else kernel.reasons(*arguments)
+
+
+def _adapter_reasons(xs, branches, adapters, norm, drop_path) -> list[str]:
+    """Why the kernels of a fused adapter cannot take these."""
+    if not all(hasattr(adapter, "bn1") for adapter in adapters):
+        return ["expected adapters as they were trained, got folded ones"]
+    if adapter_kernel is None:
+        return _checks.reasons()
+    found = []
+    batch = any(a.training and a.bn1 is not None for a in adapters)
+    if batch or (drop_path.training and getattr(drop_path, "rate", 0)):
+        found.append("expected evaluation, got training, in which BatchNorm or drop path is the batch's own")
+    latents = [a.latents for a in adapters]
+    if latents[0] is not None:
+        found += gather_kernel.reasons(latents, xs[::-1])
+    found += adapter_kernel.reasons(xs, branches, None, *_weights(adapters, norm))
+    return list(dict.fromkeys(found))
+
+
+def _weights(adapters, norm) -> tuple:
+    """The adapters' parameters and the post-norm as the kernel takes them."""
+
+    def layer_norm(module: nn.LayerNorm | None):
+        return None if module is None else adapter_kernel.Norm(module.weight, module.bias)
+
+    def batch_norm(module: nn.BatchNorm1d | None):
+        if module is None:
+            return None
+        return adapter_kernel.BatchNorm(module.running_mean, module.running_var, module.weight, module.bias)
+
+    def weights(a: LavishAdapter):
+        norms = layer_norm(a.ln_before), batch_norm(a.bn1), batch_norm(a.bn2), layer_norm(a.ln_after)
+        return adapter_kernel.Weights(a.gate_av, norms[0], a.down, norms[1], a.up, norms[2], norms[3], a.gate)
+
+    return [weights(a) for a in adapters], layer_norm(norm)
+
+
+def _eps(adapters, norm) -> list[float]:
+    first = adapters[0]
+    norms = first.ln_before, first.bn1, first.bn2, first.ln_after, norm
+    return [0.0 if module is None else module.eps for module in norms]

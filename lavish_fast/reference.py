@@ -6,6 +6,8 @@ when the inputs are narrower: the latent logits have no 1/sqrt(C) and reach seve
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,8 +59,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return logits.softmax(-1).to(v.dtype) @ v
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Swin-V2's cosine attention inside windows (Swin Transformer V2, eq. 2), the frozen part of every block.
+def cosine_attention(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Swin-V2's attention inside windows (Swin Transformer V2, eq. 2).
 
     q, k, v (n, windows, heads, N, d); logit_scale (heads, 1, 1), already exponentiated and clamped;
     bias (heads, N, N); mask (windows, N, N), -100 between regions that the shift brought together, or None.
@@ -71,3 +73,29 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias:
         if mask is not None:
             logits = logits + mask.to(wide).unsqueeze(1)
         return logits.softmax(-1).to(v.dtype) @ v
+
+
+def window_attention(
+    qkv: Tensor,
+    logit_scale: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    order: Tensor | None,
+    *,
+    attend: Callable[..., Tensor] = cosine_attention,
+) -> Tensor:
+    """Cosine attention in the (shifted) windows of a map, the frozen part of every block.
+
+    qkv (n, T, 3C), the map's tokens in image order, their channels as q, k and v of all heads;
+    logit_scale, bias and mask as in `cosine_attention`, or in another function of the same arguments, `attend`;
+    order (T,), the token at each place of each window, window by window, or None for one window that is the map.
+    Returns (n, T, C).
+    """
+    n, tokens, channels = qkv.shape
+    heads, window = bias.shape[:2]
+    if order is not None:
+        qkv = qkv.index_select(1, order)
+    qkv = qkv.view(n, tokens // window, window, 3, heads, channels // (3 * heads))
+    out = attend(*qkv.permute(3, 0, 1, 4, 2, 5).unbind(), logit_scale, bias, mask)
+    out = out.transpose(2, 3).reshape(n, tokens, channels // 3)
+    return out if order is None else out.index_select(1, order.argsort())

@@ -1,14 +1,247 @@
-"""CUDA-graph capture: nothing else knows of graphs."""
+"""torch.compile and CUDA graphs: nothing else knows of them.
+
+`optimize` makes a model's fastest form for inference, `explain` says what each of its ops takes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lavish_fast import ops
+from lavish_fast.backbones import PLACES
+from lavish_fast.inference import Inference
+from lavish_fast.model import Model, images
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # clips
 _WARM_UPS = 3
+# Of one code object: blocks of every stage, with and without a shift, each static once and then with any batch.
+_RECOMPILE_LIMIT = 64
+
+
+def optimize(
+    model: Model,
+    *,
+    dtype: torch.dtype | None = None,
+    path: str = "auto",
+    compile: bool = True,
+    cuda_graphs: bool | None = None,
+    batch_sizes: Sequence[int] | None = None,
+) -> Fast:
+    """The model's fastest form for inference, called as the model is.
+
+    On a Swin-V2 both streams run as one batch through each frozen block, biases are merged and constants made once; on
+    a CPU the adapters' norms are folded into their products and the weights are laid out for oneDNN. A ViT keeps its
+    order of operations. The model stays as it is, and what is made of it does not follow its later changes.
+
+    Args:
+        model: a trained model, on the device that it is to run on.
+        dtype: of weights and arithmetic, e.g. torch.bfloat16; that of the model without it. Inputs may be of any
+            floating type, the probabilities come in the model's.
+        path: of every op: "auto", "fused" (an error where a kernel cannot be had) or "reference".
+        compile: whether the blocks go through torch.compile, at the first call and once more at the first call with
+            another batch size.
+        cuda_graphs: whether calls replay captured CUDA graphs; by default on a CUDA device.
+        batch_sizes: in clips of the configuration's seconds, what graphs are captured for, each at its first use; by
+            default 1, 2, 4 ... 32. Other batches are padded to the next of them, larger ones are cut.
+
+    Raises: ValueError naming the argument, what was expected and what came.
+    """
+    if not isinstance(model, Model):
+        raise ValueError(f"model: expected a lavish_fast.Model, got {type(model).__name__}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: expected a floating type such as torch.bfloat16, got {dtype}")
+    parameter = next(model.parameters())
+    cuda = parameter.is_cuda
+    if cuda_graphs and not cuda:
+        raise ValueError(f"cuda_graphs: expected a model on a CUDA device, got one on {parameter.device}")
+    sizes = BATCH_SIZES if batch_sizes is None else tuple(batch_sizes)
+    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"batch_sizes: expected clips, at least 1 each, got {batch_sizes}")
+    if model.config.backbone.kind == "swinv2":
+        # The fused adapter applies the norms as they are; without a card they are folded.
+        fold = path == "reference" or (path == "auto" and not cuda)
+        network: nn.Module = Inference(model, dtype=dtype, fold=fold, path=path, pack=True)
+        parts = network.blocks if cuda else [p for b in network.blocks for p in (b.attention, b.p1, b.p2)]
+    else:
+        network = copy.deepcopy(model).to(dtype).eval().requires_grad_(False).set_path(path)
+        parts = network.backbone.blocks
+    explain(network)  # raises where "fused" cannot be had
+    if compile:
+        for part in parts:
+            part.compile()
+    sizes = sorted({size * model.config.frames for size in sizes})
+    return Fast(model, network, dtype or parameter.dtype, sizes if cuda and cuda_graphs is not False else None)
+
+
+class Fast:
+    """What `optimize` returns. Calls may come from several threads; each returns tensors of its own.
+
+    network: the module that runs.
+    """
+
+    def __init__(self, model: Model, network: nn.Module, dtype: torch.dtype, sizes: list[int] | None) -> None:
+        self.config, self.network = model.config, network
+        self._dtype, self._out_dtype = dtype, next(model.parameters()).dtype
+        self._device = next(model.parameters()).device
+        self._run = network.classify if sizes is None else Graphs(network.classify, sizes)
+
+    @torch.no_grad()
+    def __call__(self, audio: Any, video: Tensor | None = None) -> Tensor:
+        """Class probabilities (B * T, K) of what `Model.forward` takes, on the model's device.
+
+        Raises: ValueError naming the input, what was expected and what came.
+        """
+        streams = images(self.config, audio, video)
+        for name, x in streams.items():
+            if x.device != self._device:
+                raise ValueError(f"{name}: expected a tensor on {self._device}, got one on {x.device}")
+        with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+            return self._run(*(x.to(self._dtype) for x in streams.values())).to(self._out_dtype)
+
+
+class Explanation(list):
+    """What each op of a model takes: rows of op, blocks, shape, path and why, as a table when printed."""
+
+    def __str__(self) -> str:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("op", "blocks", "shape", "path", "why", box=box.SIMPLE_HEAD)
+        for row in self:
+            shape = " x ".join(map(str, row["shape"])) + f" {row['dtype']}"
+            table.add_row(row["op"], row["blocks"], shape, row["path"], row["why"])
+        console = Console(width=120, color_system=None)
+        with console.capture() as captured:
+            console.print(table)
+        return captured.get()
+
+    __repr__ = __str__
+
+
+@torch.no_grad()
+def explain(model: Model | Inference | Fast) -> Explanation:
+    """Which path each op of a model takes in inference, why, and which launch constants it uses.
+
+    Runs every block's ops on one image of zeros, as they are chosen by the tensors' device, type and shape.
+
+    Raises: ValueError where the model asks for "fused" and a kernel cannot be had, with all the reasons.
+    """
+    network = model.network if isinstance(model, Fast) else model
+    rows: dict[tuple, list[int]] = {}
+    for i, choices in enumerate(_choices_by_block(network)):
+        for choice in choices:
+            key = (
+                choice.op,
+                choice.shape[1:],
+                choice.dtype,
+                choice.path,
+                choice.constants or "; ".join(choice.reasons),
+            )
+            blocks = rows.setdefault(key, [])
+            blocks += [i] if i not in blocks else []
+    return Explanation(
+        {"op": op, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "path": path, "why": why}
+        | {"blocks": _ranges(blocks)}
+        for (op, shape, dtype, path, why), blocks in rows.items()
+    )
+
+
+def _choices_by_block(network: nn.Module) -> Iterator[list[ops.Choice]]:
+    """What the ops of each block choose for one image, without what may be compiled."""
+    streams, first = len(network.config.streams), network.config.adapter.first_block
+    if isinstance(network, Inference):
+        for block in network.blocks:
+            size, norm = block.attention.size, block.p1.norm
+            x = norm.weight.new_zeros(streams, size * size, len(norm.weight))
+            with ops.recording() as choices:
+                block.attention.forward(x.repeat(1, 1, 3))
+                for step in (block.p1, block.p2):
+                    step.forward(x, x)
+            yield choices
+        return
+    backbone, side = network.backbone, network.config.backbone.img_size
+    x = backbone.embed(next(network.parameters()).new_zeros(1, 3, side, side))
+    was = network.training
+    network.eval()
+    try:
+        for i, (block, adapters) in enumerate(zip(backbone.blocks[first:], network.adapters), first):
+            x = backbone.enter(i, x)
+            with ops.recording() as choices:
+                for place in PLACES:
+                    adapters(block, place, [x] * streams, [block.branch(place, x)] * streams)
+            yield choices
+    finally:
+        network.train(was)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5"."""
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    spans = [[n for _, n in group] for _, group in groups]
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
+
+
+class Graphs:
+    """`function` of tensors with one row per image, as a CUDA graph for each of `sizes` rows.
+
+    A graph is captured when its size is first needed. Graphs share their memory and their inputs' buffers, so that one
+    runs at a time, whichever thread and stream it is called from.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], sizes: Sequence[int]) -> None:
+        self._function, self._sizes = function, sorted(sizes)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._inputs: list[Tensor] = []
+        self._lock = threading.Lock()
+        self._done: torch.cuda.Event | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """function(*inputs): the rows of any number, in parts of the largest size."""
+        rows, most = len(inputs[0]), self._sizes[-1]
+        with self._lock, torch.cuda.device(inputs[0].device):
+            stream = torch.cuda.current_stream()
+            if self._done is not None:
+                stream.wait_event(self._done)  # the last call's graph may run on another stream still
+            parts = [self._replay([x[i : i + most] for x in inputs]) for i in range(0, max(rows, 1), most)]
+            self._done = stream.record_event()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _replay(self, inputs: list[Tensor]) -> Tensor:
+        rows = len(inputs[0])
+        if not self._inputs:
+            self._inputs = [x.new_zeros(self._sizes[-1], *x.shape[1:]) for x in inputs]
+        size = next(size for size in self._sizes if size >= rows)
+        if size not in self._graphs:
+            pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+            self._graphs[size] = _capture(self._function, [x[:size] for x in self._inputs], pool)
+        for own, x in zip(self._inputs, inputs, strict=True):
+            own[:rows].copy_(x)
+        graph, output = self._graphs[size]
+        graph.replay()
+        return output[:rows].clone()
+
+
+def _capture(function: Callable, inputs: Sequence[Tensor], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of function(*inputs), which reads the inputs where they lie, and its outputs."""
+    # As PyTorch asks: on a stream of its own, after runs that allocate, compile and load what they need.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            function(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = function(*inputs)
+    return graph, outputs
 
 
 @torch.no_grad()
@@ -27,16 +260,7 @@ def capture(function: Callable, *inputs: Tensor) -> Callable:
         )
     static = [x.clone() for x in inputs]
     with torch.cuda.device(inputs[0].device):
-        # As PyTorch asks: on a stream of its own, after runs that allocate, compile and load what they need.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                function(*static)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = function(*static)
+        graph, outputs = _capture(function, static)
 
     @torch.no_grad()
     def replay(*inputs: Tensor) -> Any:

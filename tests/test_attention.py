@@ -1,5 +1,6 @@
 """Window attention by the kernels of PyTorch and xformers, against the reference in float64."""
 
+import math
 import sys
 import types
 
@@ -32,8 +33,26 @@ def draw(dtype, *, window=6, heads=3, width=32, masked=True, scale=None, n=2, wi
     return q, k, v, scales.to(device), bias.to(device), mask.to(device) if masked else None
 
 
+def images(q, k, v, scale, bias, mask):
+    """The same tensors as `ops.window_attention` takes them: qkv in image order, two by two windows in an image."""
+    n, _, heads, tokens, d = q.shape
+    window = math.isqrt(tokens)
+    parts = torch.stack((q, k, v)).view(3, n, 2, 2, heads, window, window, d)
+    qkv = parts.permute(1, 2, 5, 3, 6, 0, 4, 7).reshape(n, 4 * tokens, 3 * heads * d)
+    order = torch.arange(4 * tokens, device=q.device).view(2, window, 2, window).transpose(1, 2).flatten()
+    table = bias.new_zeros(heads, (2 * window - 1) ** 2)
+    return (qkv, scale, table, bias, mask, order), {"window": window, "shift": 0}
+
+
+def windows(out, like):
+    """Back again: (n, T, C) -> (n, windows, heads, N, d)."""
+    n, _, heads, tokens, d = like.shape
+    window = math.isqrt(tokens)
+    return out.view(n, 2, window, 2, window, heads, d).permute(0, 1, 3, 5, 2, 4, 6).reshape(like.shape)
+
+
 def truth(*tensors):
-    return reference.window_attention(*(t if t is None else t.double() for t in tensors))
+    return reference.cosine_attention(*(t if t is None else t.double() for t in tensors))
 
 
 def assert_close(got, tensors, limit=None):
@@ -81,7 +100,7 @@ def test_sdpa_survives_zero_vectors(dtype, backend):
 def test_sdpa_gradients():
     tensors = draw(torch.float64)
     leaves = [t.clone().requires_grad_() for t in tensors[:3]]
-    got, expected = (f(*leaves, *tensors[3:]) for f in (attention.sdpa, reference.window_attention))
+    got, expected = (f(*leaves, *tensors[3:]) for f in (attention.sdpa, reference.cosine_attention))
     direction = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
     for a, b in zip(torch.autograd.grad(got, leaves, direction), torch.autograd.grad(expected, leaves, direction)):
         assert relative_error(a, b) < 1e-12
@@ -94,9 +113,25 @@ def test_sdpa_takes_the_backend_named_and_no_other():
 
 def test_the_op_takes_the_path():
     tensors = draw(torch.bfloat16)
-    got = ops.window_attention(*tensors, path="sdpa")
+    given, options = images(*tensors)
+    got = windows(ops.window_attention(*given, **options, path="sdpa"), tensors[0])
     assert torch.equal(got, attention.sdpa(*tensors))
-    assert not torch.equal(got, ops.window_attention(*tensors))
+    assert torch.equal(
+        windows(ops.window_attention(*given, **options, path="reference"), tensors[0]),
+        reference.cosine_attention(*tensors),
+    )
+
+
+def test_auto_takes_the_fastest_in_inference(monkeypatch):
+    monkeypatch.setattr(attention, "FASTEST", {"cpu": "sdpa"})
+    given, options = images(*draw(torch.float32))
+    by = {path: ops.window_attention(*given, **options, path=path) for path in ("sdpa", "reference")}
+    assert not torch.equal(*by.values()), "the two round alike: the test could not tell them apart"
+    assert torch.equal(ops.window_attention(*given, **options), by["reference"])
+    with torch.no_grad():
+        assert torch.equal(ops.window_attention(*given, **options), by["sdpa"])
+        monkeypatch.setattr(attention, "FASTEST", {})
+        assert torch.equal(ops.window_attention(*given, **options), by["reference"])
 
 
 def test_an_image_alone_equals_the_image_in_a_batch():
@@ -110,7 +145,7 @@ def test_an_image_alone_equals_the_image_in_a_batch():
 def test_a_model_by_sdpa(dtype, limit):
     model, inputs = randomise(Model(tiny_config())).to(dtype).eval(), tiny_inputs(dtype=dtype)
     with torch.no_grad():
-        expected = model.features(*inputs)
+        expected = model.set_path("reference").features(*inputs)
         for block in model.backbone.blocks:
             block.attn.path = "sdpa"
         got = model.features(*inputs)
@@ -127,9 +162,13 @@ def pretend_xformers(monkeypatch, fmha):
 
 def test_xformers_refuses_a_cpu(monkeypatch):
     pretend_xformers(monkeypatch, None)
-    for call in (attention.xformers, lambda *t: ops.window_attention(*t, path="xformers")):
+    given, options = images(*draw(torch.float32))
+    for call in (
+        lambda: attention.xformers(*draw(torch.float32)),
+        lambda: ops.window_attention(*given, **options, path="xformers"),
+    ):
         with pytest.raises(ValueError, match=r"^xformers: expected CUDA tensors, got cpu$"):
-            call(*draw(torch.float32))
+            call()
 
 
 def test_xformers_missing_is_named(monkeypatch):
@@ -154,8 +193,9 @@ def test_what_xformers_is_given(monkeypatch, window, masked):
 
     def memory_efficient_attention(q, k, v, attn_bias, scale, op):
         assert op == (operator.FwOp, None)
-        assert q.shape == k.shape == v.shape == (2, tokens, 4 * 3, 32)
-        assert attn_bias.shape == (2, 4 * 3, tokens, tokens)
+        n, heads = (2, 4 * 3) if masked else (2 * 4, 3)  # a mask is of each window of an image
+        assert q.shape == k.shape == v.shape == (n, tokens, heads, 32)
+        assert attn_bias.shape == (n, heads, tokens, tokens)
         assert attn_bias.dtype == q.dtype
         assert attn_bias.stride(-1) == 1
         assert not any(stride % 8 for stride in attn_bias.stride()[:-1])
@@ -177,4 +217,5 @@ def test_on_a_gpu(path, window, masked):
     if path == "xformers":
         pytest.importorskip("xformers")
     tensors = draw(torch.bfloat16, window=window, masked=masked, n=8, device="cuda")
-    assert_close(ops.window_attention(*tensors, path=path), tensors)
+    given, options = images(*tensors)
+    assert_close(windows(ops.window_attention(*given, **options, path=path), tensors[0]), tensors)

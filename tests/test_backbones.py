@@ -58,7 +58,7 @@ def test_no_random_backbone_is_the_identity():
         x = torch.randn(
             1, backbone.embed(torch.zeros(1, 3, config.img_size, config.img_size)).shape[1], config.embed_dim
         )
-        assert backbone.blocks[0].attention_branch(x).abs().mean() > 1e-4
+        assert backbone.blocks[0].branch("p1", x).abs().mean() > 1e-4
         assert not any(p.requires_grad for p in backbone.parameters())
 
 

@@ -413,9 +413,9 @@ def test_info_without_triton_and_with_a_broken_xformers(run, monkeypatch, tmp_pa
     assert torch.__version__ in lines["torch"]
     assert f"{torch.get_num_threads()} threads" in lines["cpu"]
     for op in ops.OPS:
-        path, reasons = next((path, reasons) for name, path, reasons in cli._paths() if name == op)
-        assert path in lines[op]
-        assert "; ".join(reasons) in lines[op]
+        choice = next(choice for choice in cli._paths() if choice.op == op)
+        assert choice.path in lines[op]
+        assert "; ".join(choice.reasons) in lines[op]
 
 
 def test_info_shows_what_a_package_logs_instead_of_failing(monkeypatch, tmp_path):

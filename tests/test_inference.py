@@ -6,10 +6,11 @@ import itertools
 import pytest
 import torch
 
-from lavish_fast import Model
+from kernel_parity import DEVICE, DTYPES
+from lavish_fast import Model, ops
 from lavish_fast.adapter import LavishAdapter
-from lavish_fast.config import AdapterConfig, ViTConfig
-from lavish_fast.inference import FoldedAdapter, Inference
+from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
+from lavish_fast.inference import FoldedAdapter, Inference, Linear, PackedLinear
 from parity import AVE_GOLDENS, golden, randomise, relative_error, tiny_config, tiny_inputs
 
 SWIN_GOLDENS = [name for name in AVE_GOLDENS if "swin" in name]
@@ -24,8 +25,7 @@ def make(dtype=torch.float32, seed=0, **options) -> Model:
 def run(module, inputs):
     """Features and probabilities: the softmax alone would hide most of an error."""
     features = []
-    head = module.model.head if isinstance(module, Inference) else module.head
-    handle = head.register_forward_pre_hook(lambda _, args: features.append(args[0]))
+    handle = module.head.register_forward_pre_hook(lambda _, args: features.append(args[0]))
     with torch.no_grad():
         probabilities = module(*inputs)
     handle.remove()
@@ -59,7 +59,7 @@ def test_goldens(name, record_property):
         got = run(inference, inputs)
         assert max(errors(got, own).values()) <= 1e-12
         assert max(errors(got, expected).values()) <= 1e-6
-        found = errors(run(inference.float(), [x.float() for x in inputs]), expected)
+        found = errors(run(Inference(model, fold=fold, dtype=torch.float32), inputs), expected)
         record_property(f"float32, fold={fold}", found)
         assert max(found.values()) <= 1e-5
 
@@ -72,7 +72,8 @@ def test_goldens_in_bfloat16(name, record_property):
     own = errors(run(model, inputs), expected)
     record_property("model", own)
     for rounded, inference in (
-        ("after folding", Inference(released.model(torch.float32)).to(dtype)),
+        ("after folding", Inference(released.model(torch.float32), dtype=dtype)),
+        ("packed", Inference(released.model(torch.float32), dtype=dtype, pack=True)),
         ("before folding", Inference(model)),
         ("not folded", Inference(model, fold=False)),
     ):
@@ -115,7 +116,7 @@ def test_low_precision(options, dtype):
     expected = run(copy.deepcopy(model).double(), [x.double() for x in inputs])
     own = errors(run(copy.deepcopy(model).to(dtype), low), expected)
     for fold in (True, False):
-        for what, error in errors(run(Inference(model, fold=fold).to(dtype), low), expected).items():
+        for what, error in errors(run(Inference(model, fold=fold, dtype=dtype), inputs), expected).items():
             assert error <= 2 * own[what] + 4 * torch.finfo(dtype).eps, what
 
 
@@ -142,7 +143,12 @@ def test_a_folded_adapter_builds_no_gradient():
 
 def test_fold_leaves_no_norm_before_a_product():
     norms = [
-        [type(m).__name__ for m in Inference(make(), fold=fold).model.adapters.modules() if "Norm" in type(m).__name__]
+        [
+            type(module).__name__
+            for block in Inference(make(), fold=fold).blocks
+            for module in block.p1.adapters.modules()
+            if "Norm" in type(module).__name__
+        ]
         for fold in (True, False)
     ]
     assert not norms[0]
@@ -184,7 +190,7 @@ def test_the_model_stays_as_it_is(fold):
     model.train()
     inference = Inference(model, fold=fold, path="auto", attention="sdpa")
     before = inference(*inputs)
-    Inference(model, fold=fold, path="fused").bfloat16()
+    Inference(model, fold=fold, path="fused", dtype=torch.bfloat16)
     assert all(module.training for module in model.modules())
     assert {name for name, _ in model.trainable_parameters()} == trained
     assert model.state_dict().keys() == state.keys()
@@ -219,33 +225,83 @@ def test_no_gradient_is_built(fold):
     assert out.grad_fn is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "got"),
-    [
-        (
-            {"backbone": ViTConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)},
-            r"vit with audio\+video",
-        ),
-        ({"modality": "video"}, "swinv2 with video"),
-        ({"modality": "audio"}, "swinv2 with audio"),
-    ],
-)
-def test_other_models_are_refused(changes, got):
-    with pytest.raises(ValueError, match=rf"^inference: expected a swinv2 with audio\+video, got {got}$"):
-        Inference(Model(tiny_config(**changes)))
+def test_a_vit_is_refused():
+    config = tiny_config(backbone=ViTConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2))
+    with pytest.raises(ValueError, match=r"^inference: expected a model on a swinv2, got one on a vit$"):
+        Inference(Model(config))
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_fused_raises_the_reasons_of_the_ops(fold):
-    inputs = tiny_inputs()
-    with pytest.raises(ValueError, match=r"window_attention: .*expected CUDA tensors, got cpu"):
-        Inference(make(), fold=fold, path="fused")(*inputs)
-    with pytest.raises(ValueError, match=r"gather_latents: .*expected CUDA tensors, got cpu"):
-        Inference(make(), fold=fold, path="fused", attention="sdpa")(*inputs)
-    with pytest.raises(ValueError, match=r"grouped_linear: .*expected CUDA tensors, got cpu"):
-        Inference(make(cross_modal=False), fold=fold, path="fused", attention="sdpa")(*inputs)
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_one_stream(modality):
+    model = randomise(Model(tiny_config(modality=modality))).double().eval()
+    audio, video = tiny_inputs(dtype=torch.float64)
+    inputs = (None, video) if modality == "video" else (audio,)
+    for fold in (True, False):
+        assert_same(Inference(model, fold=fold), model, inputs, 1e-12)
+
+
+def test_fused_raises_the_reasons_of_the_ops():
+    model, inputs = make(torch.float64), tiny_inputs(dtype=torch.float64)
+    reason = "expected float32, float16 or bfloat16, got float64"
+    with pytest.raises(ValueError, match=rf"window_attention: .*{reason}"):
+        Inference(model, fold=False, path="fused")(*inputs)
+    with pytest.raises(ValueError, match=rf"adapter: .*{reason}"):
+        Inference(model, fold=False, path="fused", attention="sdpa")(*inputs)
+    with pytest.raises(ValueError, match=r"adapter: .*expected adapters as they were trained, got folded ones"):
+        Inference(model, fold=True, path="fused", attention="sdpa")(*inputs)
     with pytest.raises(ValueError, match="path: expected 'auto', 'fused' or 'reference', got 'fast'"):
-        Inference(make(), fold=fold, path="fast")(*inputs)
+        Inference(model, path="fast")(*inputs)
+
+
+def fused_model(dtype=torch.float32):
+    """Wide enough for every kernel, with a shifted block and 16 and 4 windows' worth of tokens."""
+    backbone = SwinV2Config(
+        img_size=32, embed_dim=48, depths=(2, 1), num_heads=(3, 6), window_size=4, pretrained_window_sizes=(0, 0)
+    )
+    torch.manual_seed(0)
+    return randomise(Model(tiny_config(backbone=backbone, frames=1))).to(dtype).to(DEVICE).eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernels_in_a_network(dtype):
+    # In a Model as it is, rearranged, and optimised: every op of every block is fused.
+    model = fused_model()
+    inputs = [x.to(DEVICE) for x in tiny_inputs(1, frames=1)]
+    expected = run(copy.deepcopy(model).double(), [x.double() for x in inputs])
+    own = errors(run(fused_model(dtype).set_path("reference"), [x.to(dtype) for x in inputs]), expected)
+    networks = {
+        "model": fused_model(dtype).set_path("fused"),
+        "inference": Inference(model, dtype=dtype, fold=False, path="fused"),
+    }
+    for name, network in networks.items():
+        with torch.no_grad(), ops.recording() as choices:
+            found = errors(run(network, [x.to(dtype) for x in inputs]), expected)
+        assert {choice.path for choice in choices} == {"fused"}
+        # The model runs the frozen branch of each stream by itself.
+        count = {op: [choice.op for choice in choices].count(op) for op in ("window_attention", "adapter")}
+        assert count == {"window_attention": 3 if name == "inference" else 6, "adapter": 6}
+        for what, error in found.items():
+            assert error <= 2 * own[what] + 4 * torch.finfo(dtype).eps, (name, what)
+            assert dtype != torch.float32 or error <= 1e-5, (name, what)
+
+
+@pytest.mark.parametrize("kind", ["model", "inference"])
+def test_fused_blocks_compile_without_a_graph_break(kind):
+    model, x = fused_model(), torch.randn(2, 64, 48, device=DEVICE)
+    block = Inference(model, fold=False, path="fused").blocks[1]  # the one with a shift
+
+    def forward(x):
+        if kind == "inference":
+            return block(x)
+        frozen, adapters = model.backbone.blocks[1], model.adapters[1]
+        xs = x.chunk(2)
+        return torch.cat([*adapters(frozen, "p1", xs, [frozen.branch("p1", x) for x in xs])])
+
+    model.set_path("fused")
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), forward(x))
 
 
 @pytest.mark.parametrize("options", [{"path": "reference"}, {"attention": "sdpa"}, {"attention": "reference"}])
@@ -253,7 +309,7 @@ def test_paths_that_a_cpu_has(options):
     model = make(torch.float64)
     inference = Inference(model, **options)
     path = options.get("attention") or options["path"]
-    assert {block.attn.path for block in inference.model.backbone.blocks} == {path}
+    assert {block.attention.path for block in inference.blocks} == {path}
     assert_same(inference, model, tiny_inputs(dtype=torch.float64), 1e-12)
 
 
@@ -277,19 +333,36 @@ def test_autocast(fold):
     assert 1e-4 < found <= 2 * own + 4 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize("ends", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("fold", [True, False])
-def test_constants_follow_the_dtype(ends, fold):
-    start, end = ends
-    model, inputs = make(start), tiny_inputs(dtype=end)
-    inference = Inference(model, fold=fold).to(end)
-    made_anew = make(end, seed=1)
-    made_anew.load_state_dict(model.state_dict())
-    # A position bias left as float32 computed it would show in float64; folded weights were rounded to float32.
-    assert_same(inference, made_anew, inputs, 1e-12 if end == torch.float64 and not fold else 1e-6)
-    attention = [block.attn for block in inference.model.backbone.blocks]
-    assert {t.dtype for attn in attention for t in (attn.scale, attn.bias)} == {end}
-    assert {t.dtype for t in inference.state_dict().values() if t.is_floating_point()} == {end}
+def test_weights_are_narrow_and_position_constants_are_not(fold, dtype):
+    inference = Inference(make(), fold=fold, dtype=dtype)
+    constants = {
+        name for name in inference.state_dict() if name.rpartition(".")[2] in ("scale", "table", "bias", "mask")
+    }
+    constants = {name for name in constants if ".attention." in name}
+    kinds = {name: t.dtype for name, t in inference.state_dict().items() if t.is_floating_point()}
+    assert constants
+    assert {kinds.pop(name) for name in constants} == {torch.float32}
+    assert set(kinds.values()) == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_linear_is_linear(dtype):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(24, 40), torch.randn(24), torch.randn(3, 5, 40)
+    if not PackedLinear.takes(weight.to(dtype)):
+        pytest.skip(f"this processor has no oneDNN product for {dtype}")
+    for gelu in (False, True):
+        for b in (bias, None):
+            given = [t if t is None else t.to(dtype) for t in (weight, b)]
+            wide = [t if t is None else t.double() for t in given]
+            expected = Linear(*wide, gelu)(x.to(dtype).double())
+            for rows in (x, x[:1], x[:0], x[:, ::2]):
+                got = PackedLinear(*given, gelu)(rows.to(dtype))
+                assert got.shape == Linear(*given, gelu)(rows.to(dtype)).shape
+            got = PackedLinear(*given, gelu)(x.to(dtype))
+            assert relative_error(got, expected) <= (1e-6 if dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -308,9 +381,6 @@ def test_deepcopy(fold):
     expected = inference(*inputs)
     other = copy.deepcopy(inference)
     assert torch.equal(other(*inputs), expected)
-    for block, frozen, adapters in zip(other.blocks, other.model.backbone.blocks, other.model.adapters, strict=True):
-        assert block.frozen is frozen
-        assert block.adapters is adapters
     with torch.no_grad():
         for t in other.state_dict().values():
             t.zero_()
@@ -322,9 +392,9 @@ def test_a_block_compiles_without_a_graph_break(fold, attention):
     inference, (audio, video) = Inference(make(), fold=fold, attention=attention), tiny_inputs()
     images = torch.cat((audio.unsqueeze(2).expand_as(video), video)).flatten(0, 1)
     block = inference.blocks[1]  # the one with a shift and its mask
-    assert block.frozen.attn.mask is not None
+    assert block.attention.mask is not None
     torch.compiler.reset()
     with torch.no_grad():
-        x = inference.model.backbone.embed(images)
+        x = inference.embed(images)
         compiled = torch.compile(block, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), block(x))

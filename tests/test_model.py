@@ -83,9 +83,10 @@ def _released_layout(self, x, other, contiguous=False):
     There BatchNorm gets a contiguous input and, from the permuted LayerNorm behind it, a channels-last gradient.
     torch's CPU backward reads that gradient in the wrong order: forward right, gradients wrong.
     """
-    from lavish_fast import ops
+    from lavish_fast import reference
 
-    x = self.ln_before(ops.read_latents(x, ops.gather_latents(self.latents, other), self.gate_av))
+    summary = reference.gather_latents(self.latents, other)
+    x = self.ln_before(reference.read_latents(x, summary, self.gate_av))
     z = x.mT.unsqueeze(-1)
     for weight, norm in ((self.down, self.bn1), (self.up, self.bn2)):
         z = F.conv2d(z, weight[:, :, None, None], groups=2)

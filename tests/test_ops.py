@@ -7,23 +7,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from lavish_fast.kernels import _checks
 
 from lavish_fast import ops, reference
 from parity import ROOT
 
 
 def test_auto_on_a_cpu_is_the_reference():
-    latents, other = torch.rand(2, 8), torch.randn(3, 5, 8)
-    for path in ("auto", "reference"):
-        got = ops.gather_latents(latents, other, path=path)
+    # Though the interpreter could run the kernel there.
+    latents, other = torch.rand(2, 64), torch.randn(3, 5, 64)
+    for path, reason in (("auto", "expected CUDA tensors, got cpu"), ("reference", "asked for")):
+        with ops.recording() as choices:
+            got = ops.gather_latents(latents, other, path=path)
         assert torch.equal(got, reference.gather_latents(latents, other))
-        assert ops.choose("gather_latents", path, latents, other)[0] == "reference"
+        assert choices == [("gather_latents", (3, 5, 64), torch.float32, "reference", [reason], 64, "")]
 
 
-@pytest.mark.parametrize("op", ops.OPS)
-def test_fused_raises_with_every_reason(op):
-    with pytest.raises(ValueError, match=f"{op}: .*no fused kernel yet; expected CUDA tensors, got cpu"):
-        ops.choose(op, "fused", torch.zeros(1))
+def test_fused_raises_with_every_reason():
+    x = torch.randn(3, 5, 64, dtype=torch.float64, device="meta", requires_grad=True)
+    with pytest.raises(ValueError, match=r"gather_latents: .*expected CUDA tensors, got meta; .*float64; .*gradients"):
+        ops.gather_latents(torch.rand(2, 64, dtype=torch.float64, device="meta"), x, path="fused")
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=r"attention: .*got: there is no fused kernel for it"):
+        ops.attention(q, q, q, 1.0, path="fused")
+
+
+def test_without_triton_the_reason_is_named(monkeypatch):
+    monkeypatch.setattr(_checks, "_INSTALLED", False)
+    for name in ("gather_kernel", "adapter_kernel", "window_kernel"):
+        monkeypatch.setattr(ops, name, None)
+    with pytest.raises(ValueError, match=r"gather_latents: .*expected triton to be installed, got none"):
+        ops.gather_latents(torch.rand(2, 64), torch.randn(3, 5, 64), path="fused")
+
+
+def test_recordings_nest_and_end():
+    latents, other = torch.rand(2, 8), torch.randn(3, 5, 8)
+    with ops.recording() as outer:
+        ops.gather_latents(latents, other)
+        with ops.recording() as inner:
+            ops.gather_latents(latents, other)
+    ops.gather_latents(latents, other)
+    assert (len(outer), len(inner)) == (2, 1)
 
 
 def test_an_unknown_path_is_named():

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavish_fast import reference
+from lavish_fast.backbones.swin_v2 import WindowAttention
 from parity import relative_error
 
 
@@ -75,12 +76,12 @@ def test_large_latent_logits_are_not_rounded(dtype, autocast):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_window_attention_is_the_equation(masked):
+def test_cosine_attention_is_the_equation(masked):
     heads, tokens = 2, 9
     q, k, v = (draw(2, 4, heads, tokens, 8, seed=s) for s in range(3))
     scale, bias = draw(heads, 1, 1, seed=4).exp() * 10, draw(heads, tokens, tokens, seed=5)
     mask = torch.where(draw(4, tokens, tokens, seed=6) > 0, 0.0, -100.0).double() if masked else None
-    got = reference.window_attention(q, k, v, scale, bias, mask)
+    got = reference.cosine_attention(q, k, v, scale, bias, mask)
     for window in range(4):
         for head in range(heads):
             for i in range(tokens):
@@ -94,12 +95,30 @@ def test_window_attention_is_the_equation(masked):
                 torch.testing.assert_close(got[1, window, head, i], expected)
 
 
-def test_window_attention_survives_zero_vectors():
+def test_cosine_attention_survives_zero_vectors():
     q = torch.zeros(1, 1, 1, 4, 8)
-    out = reference.window_attention(
+    out = reference.cosine_attention(
         q, q, torch.ones(1, 1, 1, 4, 8), torch.full((1, 1, 1), 100.0), q[0, 0, 0, :, :4], None
     )
     assert torch.equal(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_window_attention_is_cosine_attention_in_shifted_windows(shift):
+    # By hand: the token at (row, column) of the rolled map belongs to window (row // 3, column // 3).
+    heads, window, size = 2, 3, 6
+    qkv = draw(2, size * size, 3 * heads * 4, seed=0)
+    scale, bias = draw(heads, 1, 1, seed=1).exp(), draw(heads, 9, 9, seed=2)
+    mask = draw(4, 9, 9, seed=3)
+    order = WindowAttention(heads * 4, heads, size, window, shift, 0).order
+    got = reference.window_attention(qkv, scale, bias, mask, order)
+    assert got.shape == (2, size * size, heads * 4)
+    for number in range(4):
+        rows, columns = ([3 * start + i for i in range(3)] for start in divmod(number, 2))
+        tokens = [(r + shift) % size * size + (c + shift) % size for r in rows for c in columns]
+        q, k, v = qkv[:, tokens].view(2, 9, 3, heads, 4).permute(2, 0, 3, 1, 4).unsqueeze(2)
+        expected = reference.cosine_attention(q, k, v, scale, bias, mask[number : number + 1])
+        torch.testing.assert_close(got[:, tokens], expected[:, 0].transpose(1, 2).flatten(2))
 
 
 def test_attention_is_scaled_dot_product_attention():
@@ -119,4 +138,4 @@ def test_gradients():
     assert torch.autograd.gradcheck(reference.grouped_linear, (leaf(2, 3, 8, seed=0), leaf(4, 4, seed=1)))
     q, k, v = (leaf(1, 2, 1, 4, 3, seed=s) for s in range(3))
     scale, bias = torch.full((1, 1, 1), 5.0).double(), draw(1, 4, 4, seed=3)
-    assert torch.autograd.gradcheck(lambda *t: reference.window_attention(*t, scale, bias, None), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *t: reference.cosine_attention(*t, scale, bias, None), (q, k, v))

@@ -1,18 +1,21 @@
-"""CUDA-graph capture. Without a GPU a graph is pretended, so that what surrounds it is tested everywhere."""
+"""CUDA graphs and `optimize`. Without a GPU a graph is pretended, so that what surrounds it is tested everywhere."""
 
 import contextlib
 import gc
 import itertools
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from lavish_fast import Model
+from lavish_fast import Model, explain, optimize
+from lavish_fast.config import ViTConfig
 from lavish_fast.inference import Inference
-from lavish_fast.runtime import capture
-from parity import randomise, relative_error, tiny_config, tiny_inputs
+from lavish_fast.runtime import Graphs, capture
+from parity import AVE_GOLDENS, golden, randomise, relative_error, tiny_config, tiny_inputs
 
 
 class OnCuda(torch.Tensor):
@@ -43,9 +46,19 @@ def log(monkeypatch):
         def wait_stream(self, other):
             log.append("wait")
 
+        def wait_event(self, event):
+            log.append(f"wait for {event}")
+
+        def record_event(self):
+            log.append("record")
+            return "event"
+
     class Graph:
         def replay(self):
             log.append("replay")
+
+        def pool(self):
+            return self
 
     @contextlib.contextmanager
     def scope(name):
@@ -55,7 +68,9 @@ def log(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: scope("device"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: scope("stream"))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: scope("graph"))
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda graph, pool=None: scope("graph" if pool is None else "graph of the pool")
+    )
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -143,11 +158,243 @@ def test_the_weights_live_as_long_as_the_graph():
     assert weight() is None
 
 
+class Row(nn.Module):
+    """Doubles its input, and notes how many rows it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = []
+
+    def forward(self, x):
+        self.rows.append(len(x))
+        return 2 * x
+
+
+def test_graphs_pad_to_the_next_size_and_share_their_memory(log):
+    function = Row()
+    graphs = Graphs(function, [8, 2, 4])
+    (x,) = inputs((3, 5))
+    assert graphs(x).shape == (3, 5)
+    assert set(function.rows) == {4}
+    assert log[-4:] == ["graph ends", "replay", "record", "device ends"]
+    log.clear()
+    assert graphs(x[:2]).shape == (2, 5)
+    assert "graph of the pool begins" in log
+    assert log.index("wait for event") < log.index("replay"), "the last call may still run"
+    log.clear()
+    assert graphs(torch.cat((x, x, x, x, x))[:13]).shape == (13, 5)  # 8 + 5
+    assert log.count("replay") == 2
+    assert set(function.rows) == {4, 2, 8}
+    assert graphs(x[:0]).shape == (0, 5)
+    buffers = {static.untyped_storage().data_ptr() for static in graphs._inputs}
+    assert len(buffers) == 1
+
+
+def test_graphs_copy_inputs_in_and_results_out(log):
+    graphs = Graphs(lambda x: x, [4])  # its output is its input's buffer
+    (x,) = inputs((3, 5))
+    first = graphs(x)
+    assert torch.equal(first, x)
+    graphs(torch.zeros_like(x))
+    assert torch.equal(first, x), "a result is the caller's own"
+
+
+def test_a_thousand_calls_capture_no_more_than_the_sizes(log):
+    function = Row()
+    graphs = Graphs(function, [1, 2, 4, 8])
+    (x,) = inputs((20, 3))
+    for call in range(1000):
+        rows = 1 + call * 7 % 20
+        assert len(graphs(x[:rows])) == rows
+    assert len(graphs._graphs) == 4
+    assert log.count("graph begins") + log.count("graph of the pool begins") == 4
+
+
+def test_threads_take_turns(log):
+    inside, seen = [], []
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            return x
+
+    graphs = Graphs(Slow(), [4])
+
+    def call(value):
+        for _ in range(20):
+            x = torch.full((3, 2), float(value)).as_subclass(OnCuda)
+            inside.append(value)
+            seen.append(torch.equal(graphs(x), x))
+
+    threads = [threading.Thread(target=call, args=(value,)) for value in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 160
+    assert all(seen), "a thread got another's rows"
+
+
+def logits(probabilities):
+    values = probabilities.double().log()
+    return values - values.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", AVE_GOLDENS)
+def test_goldens(name, record_property):
+    # One clip: the same class wins in every second, and nothing is off by more than rounding.
+    released = golden(name)
+    model, given = released.model(torch.float32).eval(), [x[:1] for x in released.inputs(torch.float32)]
+    seconds = given[0].shape[1]
+    expected = released.expect["eval_probs"][:seconds]
+    truth = logits(released.model(torch.float64).eval()(*(x.double() for x in given)).detach())
+    for dtype in (torch.float32, torch.bfloat16):
+        fast = optimize(model, dtype=dtype, compile=False)
+        got = fast(*given)
+        assert got.dtype == torch.float32
+        assert torch.equal(got.argmax(-1), expected.argmax(-1))
+        error = relative_error(logits(got), truth)
+        own = relative_error(logits(released.model(dtype).eval()(*(x.to(dtype) for x in given)).detach()), truth)
+        record_property(str(dtype), (error, own))
+        assert error <= (1e-5 if dtype == torch.float32 else 2 * own + 4 * torch.finfo(dtype).eps)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return randomise(Model(tiny_config())).eval()
+
+
+VIT = ViTConfig(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+
+
+@pytest.mark.parametrize("changes", [{"modality": "video"}, {"modality": "audio"}, {"backbone": VIT}])
+def test_every_model_is_taken(changes):
+    other = randomise(Model(tiny_config(**changes))).eval()
+    audio, video = tiny_inputs()
+    given = {"video": (None, video), "audio": (audio,)}.get(changes.get("modality"), (audio, video))
+    with torch.no_grad():
+        expected = other(*given)
+    assert relative_error(logits(optimize(other, compile=False)(*given)), logits(expected)) <= 1e-5
+    assert {row["path"] for row in explain(optimize(other, compile=False))} <= {"reference", "sdpa"}
+
+
+def test_calls_are_the_models(model):
+    audio, video = tiny_inputs(3)
+    fast = optimize(model, compile=False)
+    expected = fast(audio, video)
+    assert torch.equal(fast([audio], video), expected)
+    assert torch.equal(fast(audio.bfloat16().float(), video), fast(audio.bfloat16(), video))
+    assert fast(audio[:0], video[:0]).shape == (0, 3)
+    assert not fast(audio.requires_grad_(), video).requires_grad
+    with pytest.raises(ValueError, match=r"video: expected a floating tensor \(B, T, 3, 32, 32\), got NoneType"):
+        fast(audio)
+    with pytest.raises(ValueError, match="audio: expected a tensor on cpu, got one on meta"):
+        fast(audio.detach().to("meta"), video)
+
+
+def test_it_does_not_follow_the_model(model):
+    given = tiny_inputs()
+    fast = optimize(model, compile=False)
+    before, state = fast(*given), {name: t.clone() for name, t in model.state_dict().items()}
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    with torch.no_grad():
+        for t in model.state_dict().values():
+            t.zero_()
+    assert torch.equal(fast(*given), before)
+
+
+def test_threads_get_their_own_results(model):
+    fast = optimize(model, compile=False)
+    given = [tiny_inputs(1, seed=seed) for seed in range(4)]
+    expected = [fast(*x) for x in given]
+    with ThreadPoolExecutor(4) as pool:
+        for got, wanted in zip(pool.map(lambda i: fast(*given[i % 4]), range(40)), expected * 10):
+            torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "fast"}, "path: expected 'auto', 'fused' or 'reference', got 'fast'"),
+        ({"dtype": torch.int8}, "dtype: expected a floating type such as torch.bfloat16, got torch.int8"),
+        ({"dtype": "bfloat16"}, "dtype: expected a floating type such as torch.bfloat16, got bfloat16"),
+        ({"cuda_graphs": True}, "cuda_graphs: expected a model on a CUDA device, got one on cpu"),
+        ({"batch_sizes": ()}, r"batch_sizes: expected clips, at least 1 each, got \(\)"),
+        ({"batch_sizes": (0, 2)}, r"batch_sizes: expected clips, at least 1 each, got \(0, 2\)"),
+        ({"dtype": torch.float64, "path": "fused"}, "expected float32, float16 or bfloat16, got float64"),
+    ],
+)
+def test_bad_arguments_are_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        optimize(model, **options)
+
+
+def test_something_else_than_a_model_is_named():
+    with pytest.raises(ValueError, match=r"model: expected a lavish_fast.Model, got Linear"):
+        optimize(nn.Linear(2, 2))
+
+
+def test_explain(model):
+    rows = explain(model)
+    assert [(row["op"], row["blocks"], row["shape"]) for row in rows] == [
+        ("window_attention", "0-1", (64, 48)),
+        ("adapter", "0-1", (64, 16)),
+        ("gather_latents", "0-1", (64, 16)),
+        ("window_attention", "2", (16, 96)),
+        ("adapter", "2", (16, 32)),
+        ("gather_latents", "2", (16, 32)),
+    ]
+    assert {row["path"] for row in rows if row["op"] != "window_attention"} == {"reference"}
+    text = str(rows)
+    assert "expected CUDA tensors, got cpu" in text
+    assert "64 x 48 float32" in text
+    assert [line for line in text.splitlines() if len(line) > 120] == []
+    assert model.train().training
+    explain(model)
+    assert model.training
+    fast = optimize(model, dtype=torch.bfloat16, path="reference", compile=False)
+    assert {(row["path"], row["why"]) for row in explain(fast)} == {("reference", "asked for")}
+    assert str(explain(fast)) == str(explain(fast.network))
+
+
+def test_compiled(model):
+    # Once for the first batch size, once more for any other.
+    torch.compiler.reset()
+    fast = optimize(model)
+    frames = torch._dynamo.utils.counters["stats"]
+    for batch in (2, 3, 1, 5):
+        given = tiny_inputs(batch, seed=batch)
+        with torch.no_grad():
+            expected = model(*given)
+        assert relative_error(logits(fast(*given)), logits(expected)) <= 1e-5
+        if batch == 3:
+            compiled = frames["unique_graphs"]
+    # A batch of one clip still has several images: nothing is special about it.
+    assert frames["unique_graphs"] == compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_on_a_gpu(model, dtype):
+    model = model.cuda()
+    fast = optimize(model, dtype=dtype, compile=False, batch_sizes=(1, 4))
+    plain = optimize(model, dtype=dtype, compile=False, cuda_graphs=False)
+    for batch in (1, 2, 4, 7, 3):
+        given = [x.cuda() for x in tiny_inputs(batch, seed=batch)]
+        torch.testing.assert_close(fast(*given), plain(*given))
+    held = torch.cuda.memory_allocated()
+    for call in range(1000):
+        fast(*(x[: 1 + call % 4] for x in given))
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= held + (1 << 20)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_twenty_replays_equal_eager(dtype):
-    inference = Inference(randomise(Model(tiny_config()))).cuda().to(dtype)
+    inference = Inference(randomise(Model(tiny_config())).cuda(), dtype=dtype)
     replay = capture(inference, *(x.cuda() for x in tiny_inputs(dtype=dtype)))
     results = []
     for seed in range(1, 21):
@@ -160,7 +407,7 @@ def test_twenty_replays_equal_eager(dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_graph_outlives_its_function_and_refuses_other_shapes():
-    inference, given = Inference(randomise(Model(tiny_config()))).cuda(), [x.cuda() for x in tiny_inputs()]
+    inference, given = Inference(randomise(Model(tiny_config())).cuda()), [x.cuda() for x in tiny_inputs()]
     expected = inference(*given)
     replay = capture(inference, *given)
     del inference

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines.vggish import VGGish
 from lavish_fast import backbones
+from lavish_fast.backbones import PLACES
 from lavish_fast.config import Config, SwinV2Config
 
 # What the released head creates and never uses.
@@ -278,7 +279,7 @@ class CMBS(nn.Module):
         x = self.backbone.embed(images)
         for i, block in enumerate(self.backbone.blocks):
             x = self.backbone.enter(i, x)
-            x = x + block.attention_branch(x)
-            x = x + block.mlp_branch(x)
+            for place in PLACES:
+                x = x + block.finish(place, block.branch(place, x))
         side = math.isqrt(x.shape[1])
         return self.backbone.norm(x).unflatten(1, (side, side)), self.vggish(patches)

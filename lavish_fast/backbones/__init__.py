@@ -1,7 +1,7 @@
 """Frozen backbones with timm's parameter names.
 
-Each has `embed(images)`, `blocks` (a flat list, whose entries have `attention_branch` and `mlp_branch`),
-`enter(i, x)` (what happens to a stream before block i) and `pool(x)` (tokens to one feature vector).
+Each has `embed(images)`, `blocks` (a flat list of `Block`), `enter(i, x)` (what happens to a stream before block i) and
+`pool(x)` (tokens to one feature vector).
 """
 
 from __future__ import annotations
@@ -9,6 +9,30 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lavish_fast.config import SwinV2Config, ViTConfig
+
+PLACES = ("p1", "p2")  # beside the attention, beside the MLP
+
+
+class Block(nn.Module):
+    """A frozen block as its two branches, which the model adds to the stream with the adapters beside.
+
+    branch(place, x): the attention's or the MLP's output, before the post-norm. norm(place): the post-norm, or None.
+    """
+
+    def __init__(self, drop_path: float) -> None:
+        super().__init__()
+        self.drop_path = DropPath(drop_path)
+
+    def branch(self, place: str, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def norm(self, place: str) -> nn.LayerNorm | None:
+        return None
+
+    def finish(self, place: str, branch: Tensor) -> Tensor:
+        """What is added to the stream, but for the adapters."""
+        norm = self.norm(place)
+        return self.drop_path(branch if norm is None else norm(branch))
 
 
 class Backbone(nn.Module):
@@ -19,8 +43,8 @@ class Backbone(nn.Module):
         x = self.embed(images)
         for i, block in enumerate(self.blocks):
             x = self.enter(i, x)
-            x = x + block.attention_branch(x)
-            x = x + block.mlp_branch(x)
+            for place in PLACES:
+                x = x + block.finish(place, block.branch(place, x))
         return self.pool(x)
 
 

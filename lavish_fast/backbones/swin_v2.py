@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavish_fast import ops
-from lavish_fast.backbones import Backbone, DropPath, drop_path_rates
+from lavish_fast.backbones import Backbone, drop_path_rates
+from lavish_fast.backbones import Block as FrozenBlock
 from lavish_fast.config import SwinV2Config
+
+CONSTANTS = ("scale", "table", "bias", "mask", "order")  # of the op, made once
 
 
 class WindowAttention(nn.Module):
@@ -32,13 +35,13 @@ class WindowAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
-        for name in ("scale", "bias", "mask"):
+        for name in ("qkv_bias", *CONSTANTS):
             self.register_buffer(name, None, persistent=False)
         self.register_load_state_dict_post_hook(lambda module, _: module.make_constants())
         self.make_constants()
 
     def position(self) -> tuple[Tensor, Tensor]:
-        """The logit scale (heads, 1, 1) and the position bias (heads, N, N) of the weights, in at least float32."""
+        """The logit scale (heads, 1, 1) and the position bias by offset (heads, (2 window - 1)²), at least float32."""
         dtype = torch.promote_types(self.logit_scale.dtype, torch.float32)
         device, window = self.logit_scale.device, self.window
         scale = self.logit_scale.to(dtype).clamp(max=math.log(100)).exp()
@@ -48,54 +51,45 @@ class WindowAttention(nn.Module):
         table = table / max((self.pretrained_window or window) - 1, 1) * 8
         table = table.sign() * (table.abs() + 1).log2() / math.log2(8)
         hidden = F.relu(F.linear(table.to(dtype), self.cpb_mlp[0].weight.to(dtype), self.cpb_mlp[0].bias.to(dtype)))
-        bias = 16 * F.linear(hidden, self.cpb_mlp[2].weight.to(dtype)).sigmoid()  # (2w - 1, 2w - 1, heads)
-        row = torch.arange(window * window, device=device) // window
-        column = torch.arange(window * window, device=device) % window
-        difference = (row[:, None] - row + window - 1, column[:, None] - column + window - 1)
-        return scale, bias[difference].permute(2, 0, 1).contiguous()
+        table = 16 * F.linear(hidden, self.cpb_mlp[2].weight.to(dtype)).sigmoid()  # (2w - 1, 2w - 1, heads)
+        return scale, table.flatten(0, 1).T.contiguous()
 
     @torch.no_grad()
     def make_constants(self) -> None:
-        """Makes scale, bias and the shift's mask (windows, N, N) anew."""
-        self.scale, self.bias = self.position()
-        self.mask = None
+        """Makes anew qkv_bias (3C), scale, table, bias (heads, N, N), the shift's mask (windows, N, N), order (T,)."""
+        self.qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        self.scale, self.table = self.position()
+        device, window = self.table.device, self.window
+        row = torch.arange(window * window, device=device) // window
+        column = torch.arange(window * window, device=device) % window
+        offset = (row[:, None] - row + window - 1) * (2 * window - 1) + column[:, None] - column + window - 1
+        self.bias = self.table[:, offset]
+        self.mask = self.order = None
+        if window < self.size:
+            tokens = torch.arange(self.size**2, device=device).view(self.size, self.size)
+            self.order = self._windows(tokens.roll((-self.shift, -self.shift), (0, 1))).flatten()
         if self.shift:
-            edges = torch.arange(self.size, device=self.bias.device)
-            region = (edges >= self.size - self.window).long() + (edges >= self.size - self.shift).long()
-            region = self.windows((3 * region[:, None] + region).view(1, -1, 1))[0, :, :, 0]  # (windows, N)
+            edges = torch.arange(self.size, device=device)
+            region = (edges >= self.size - window).long() + (edges >= self.size - self.shift).long()
+            region = self._windows(3 * region[:, None] + region)
             self.mask = torch.where(region[:, :, None] == region[:, None], 0.0, -100.0).to(self.bias.dtype)
+
+    def _windows(self, map_: Tensor) -> Tensor:
+        """(size, size) -> (windows, window * window)."""
+        side = self.size // self.window
+        return map_.view(side, self.window, side, self.window).transpose(1, 2).reshape(side * side, -1)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         self.make_constants()
         return self
 
-    def windows(self, x: Tensor) -> Tensor:
-        """(n, size * size, C) -> (n, windows, window * window, C), without the shift."""
-        n, _, width = x.shape
-        side = self.size // self.window
-        x = x.view(n, side, self.window, side, self.window, width).transpose(2, 3)
-        return x.reshape(n, side * side, self.window**2, width)
-
     def forward(self, x: Tensor) -> Tensor:
         """x (n, size * size, C) -> the same."""
-        n, tokens, width = x.shape
-        x = self._roll(x, -self.shift)
-        qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(self.windows(x), self.qkv.weight, qkv_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind()
-        out = ops.window_attention(
-            q, k, v, self.scale, self.bias, self.mask, path=self.path
-        )  # (n, windows, heads, N, d)
-        side = self.size // self.window
-        out = out.permute(0, 1, 3, 2, 4).reshape(n, side, side, self.window, self.window, width)
-        out = out.transpose(2, 3).reshape(n, tokens, width)
-        return self._roll(self.proj(out), self.shift)
-
-    def _roll(self, x: Tensor, shift: int) -> Tensor:
-        if not shift:
-            return x
-        return x.unflatten(1, (self.size, self.size)).roll((shift, shift), (1, 2)).flatten(1, 2)
+        qkv = F.linear(x, self.qkv.weight, self.qkv_bias)
+        constants = (getattr(self, name) for name in CONSTANTS)
+        out = ops.window_attention(qkv, *constants, window=self.window, shift=self.shift, path=self.path)
+        return self.proj(out)
 
 
 class Mlp(nn.Module):
@@ -108,22 +102,21 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """A residual-post-norm block, as its two branches: the model adds them, with the adapters beside."""
+class Block(FrozenBlock):
+    """A residual-post-norm block."""
 
     def __init__(self, width: int, attn: WindowAttention, mlp_ratio: float, drop_path: float) -> None:
-        super().__init__()
+        super().__init__(drop_path)
         self.attn = attn
         self.norm1 = nn.LayerNorm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.norm2 = nn.LayerNorm(width)
-        self.drop_path = DropPath(drop_path)
 
-    def attention_branch(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.norm1(self.attn(x)))
+    def branch(self, place: str, x: Tensor) -> Tensor:
+        return self.attn(x) if place == "p1" else self.mlp(x)
 
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.norm2(self.mlp(x)))
+    def norm(self, place: str) -> nn.LayerNorm:
+        return self.norm1 if place == "p1" else self.norm2
 
 
 class PatchMerging(nn.Module):
@@ -194,10 +187,15 @@ class SwinV2(Backbone):
         """(n, 3, S, S) -> (n, N, C) tokens of the first stage."""
         return self.patch_embed(images)
 
-    def enter(self, i: int, x: Tensor) -> Tensor:
-        """A stream on its way into block i: patch merging where a stage begins."""
+    def entrance(self, i: int) -> PatchMerging | None:
+        """The patch merging before block i, where a stage begins."""
         starts = {sum(self.config.depths[:s]): s for s in range(1, len(self.config.depths))}
-        return self.layers[starts[i]].downsample(x) if i in starts else x
+        return self.layers[starts[i]].downsample if i in starts else None
+
+    def enter(self, i: int, x: Tensor) -> Tensor:
+        """A stream on its way into block i."""
+        merging = self.entrance(i)
+        return x if merging is None else merging(x)
 
     def pool(self, x: Tensor) -> Tensor:
         """(n, N, C) -> (n, C): the final norm, then the mean over tokens."""

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavish_fast import ops
-from lavish_fast.backbones import Backbone, DropPath, drop_path_rates
+from lavish_fast.backbones import Backbone, drop_path_rates
+from lavish_fast.backbones import Block as FrozenBlock
 from lavish_fast.backbones.swin_v2 import Mlp
 from lavish_fast.config import ViTConfig
 
@@ -25,23 +26,19 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
-    """A pre-norm block, as its two branches: the model adds them, with the adapters beside."""
+class Block(FrozenBlock):
+    """A pre-norm block."""
 
     def __init__(self, config: ViTConfig, drop_path: float) -> None:
-        super().__init__()
+        super().__init__(drop_path)
         width = config.embed_dim
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, config.num_heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
-        self.drop_path = DropPath(drop_path)
 
-    def attention_branch(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.attn(self.norm1(x)))
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.mlp(self.norm2(x)))
+    def branch(self, place: str, x: Tensor) -> Tensor:
+        return self.attn(self.norm1(x)) if place == "p1" else self.mlp(self.norm2(x))
 
 
 class PatchEmbed(nn.Module):

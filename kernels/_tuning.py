@@ -1,0 +1,44 @@
+"""Launch constants as plain data. `python -m benchmarks tune` measures on the card at hand and prints rows to paste.
+
+DEFAULTS: by op, for any card from sm_80 on (99 KiB of shared memory): rows tried in order, the first whose `bytes`
+(of an element) and `width` are both at least the tensor's. ROWS: measured, by (op, architecture, dtype, width).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+DEFAULTS: dict[str, list[dict[str, Any]]] = {
+    "adapter": [  # width: the bottleneck's
+        {"bytes": 2, "width": 96, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+        {"bytes": 2, "width": 384, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+        {"bytes": 4, "width": 384, "BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1},
+    ],
+    "gather_latents": [
+        {"bytes": 2, "width": 2048, "most_tokens": 256, "chunk": 18432, "num_warps": 4, "num_stages": 3},
+        {"bytes": 4, "width": 2048, "most_tokens": 192, "chunk": 5120, "num_warps": 4, "num_stages": 3},
+    ],
+    "window_attention": [  # width: tokens of a window, twice for heads wider than 32
+        {"bytes": 2, "width": 144, "BLOCK_M": 16, "BLOCK_N": 128, "RELOAD": False, "programs": 1440, "num_warps": 1},
+        {"bytes": 2, "width": 256, "BLOCK_M": 16, "BLOCK_N": 32, "RELOAD": True, "programs": 1440, "num_warps": 1},
+        {"bytes": 2, "width": 288, "BLOCK_M": 32, "BLOCK_N": 64, "RELOAD": True, "programs": 720, "num_warps": 2},
+        {"bytes": 4, "width": 256, "BLOCK_M": 16, "BLOCK_N": 32, "RELOAD": True, "programs": 720, "num_warps": 4},
+        {"bytes": 4, "width": 288, "BLOCK_M": 16, "BLOCK_N": 16, "RELOAD": True, "programs": 720, "num_warps": 4},
+    ],
+}
+
+ROWS: dict[tuple[str, int, str, int], dict[str, Any]] = {}
+
+
+def row(op: str, architecture: int, dtype: torch.dtype, width: int) -> tuple[dict[str, Any], str]:
+    """The constants for a tensor of this type and width, and where they come from: "measured ..." or "default ..."."""
+    name = str(dtype).removeprefix("torch.")
+    if (measured := ROWS.get((op, architecture, name, width))) is not None:
+        return dict(measured), f"measured on sm_{architecture}, {name}, width {width}"
+    for entry in DEFAULTS[op]:
+        if entry["bytes"] >= dtype.itemsize and entry["width"] >= width:
+            constants = {key: value for key, value in entry.items() if key not in ("bytes", "width")}
+            return constants, f"default up to width {entry['width']}"
+    raise KeyError(f"{op}: no default for {name} of width {width}")

@@ -1,0 +1,483 @@
+"""One residual step of a block with its adapters, in evaluation: one or two streams in one launch.
+
+    X'  = X + g_av softmax(X Sᵀ) S
+    out = X + PostNorm(B) + g LN_after(BN2(up(ReLU(BN1(down(LN_before(X')))))))
+
+X, B, out (n, N, C): the stream, the frozen branch before its post-norm, the result; S (n, m, C): the gathered latents;
+down (D, C / G), up (C, D / G): products by group. S, every norm and g may be absent. Each stream has its own S and
+weights; the post-norm is the frozen block's, one for both. BatchNorms go by their running statistics.
+
+A program owns BLOCK_N tokens of one image of one stream. It walks their C channels in chunks, three or four times:
+
+1. the logits X Sᵀ; the means of X and S; mean and deviation of B.
+2. down of X' less its mean. LN_before needs no walk of its own: X' is linear in X and S, so its mean is known from
+   theirs, and its deviation is one factor a token, gathered on the way and applied to the product.
+3. only for LN_after: mean and deviation of z = BN2(up(hidden)).
+4. z once more, which takes fewer bytes than keeping it, and the sum.
+
+float32: logits, softmax, statistics, norms, gates, the sum. Rounded to the streams' type: softmax(X Sᵀ), what goes into
+down and into up, and out. Deviations are of differences to a mean (Welford's), so that a large mean costs no digits.
+
+Bytes: device memory gives X and B and takes out once, which is the least: 6 C a token in 16 bits. L2 gives X three
+times, B twice and, once for BLOCK_N tokens, 3 C D / G weights: 11 KB a token at C = 768, D / G = 48, BLOCK_N = 64.
+FLOPs: 4 C m + 6 C D / G a token, where the least is 4 C m + 4 C D / G; m and D / G count as padded to BLOCK_M, BLOCK_D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lavish_fast.kernels import _checks, _launch, _tuning
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's parameters, (C,) each."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class BatchNorm(NamedTuple):
+    """A BatchNorm's buffers and parameters, (C,) or (D,) each. Folded into the product before it, it is a bias alone."""
+
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Weights(NamedTuple):
+    """One stream's adapter; gates (1,), down (D, C / G), up (C, D / G)."""
+
+    gate_av: Tensor | None
+    ln_before: Norm | None
+    down: Tensor
+    bn1: BatchNorm | None
+    up: Tensor
+    bn2: BatchNorm | None
+    ln_after: Norm | None
+    gate: Tensor | None
+
+
+class Eps(NamedTuple):
+    """What each norm adds to its variance; for the kernel None where there is no such LayerNorm."""
+
+    ln_before: float | None
+    bn1: float | None
+    bn2: float | None
+    ln_after: float | None
+    post_norm: float | None
+
+
+_NORMS = {"ln_before": Norm, "bn1": BatchNorm, "bn2": BatchNorm, "ln_after": Norm}  # in the order of Eps
+
+
+@triton.jit
+def _token_rows(ptrs, strides, stream, image, offs_n, STREAMS: tl.constexpr):
+    ptr = tl.where(stream == 0, ptrs[0], ptrs[STREAMS - 1])
+    stride_n = tl.where(stream == 0, strides[0][0], strides[STREAMS - 1][0])
+    stride_t = tl.where(stream == 0, strides[0][1], strides[STREAMS - 1][1])
+    return ptr + image * stride_n + offs_n.to(tl.int64)[:, None] * stride_t
+
+
+@triton.jit
+def _gate(ptr):
+    if ptr is None:
+        return 1.0
+    else:
+        return tl.load(ptr).to(tl.float32)
+
+
+@triton.jit
+def _row(ptr, offs, mask, other=0.0):
+    return tl.load(ptr + offs, mask=mask, other=other).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _welford(mean, m2, x, start, END: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Every lane's mean and sum of squared deviations, over one more chunk, which begins at channel `start`."""
+    delta = x - mean
+    if END % BLOCK_C:
+        delta = tl.where((start + tl.arange(0, BLOCK_C) < END)[None, :], delta, 0.0)
+    mean += delta * (BLOCK_C / (start + BLOCK_C))
+    return mean, m2 + delta * (x - mean)
+
+
+@triton.jit
+def _across_lanes(mean, m2, END: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Those of each row, from those of its lanes, which have seen `count` channels each (Chan et al.)."""
+    count = ((END + BLOCK_C - 1 - tl.arange(0, BLOCK_C)) // BLOCK_C).to(tl.float32)[None, :]
+    row_mean = tl.sum(mean * count, 1) / END
+    delta = mean - row_mean[:, None]
+    return row_mean, tl.sum(m2 + delta * delta * count, 1)
+
+
+@triton.jit
+def _layer_norm(x, mean, m2, norm, EPS: tl.constexpr, C: tl.constexpr, offs, mask):
+    x = (x - mean[:, None]) * tl.rsqrt(m2 / C + EPS)[:, None]
+    if norm.weight is not None:
+        x *= _row(norm.weight, offs, mask)
+    if norm.bias is not None:
+        x += _row(norm.bias, offs, mask)
+    return x
+
+
+@triton.jit
+def _batch_norm(x, norm, EPS: tl.constexpr, offs, mask):
+    if norm.mean is not None:
+        scale = tl.rsqrt(_row(norm.variance, offs, mask, other=1.0) + EPS)
+        if norm.weight is not None:
+            scale *= _row(norm.weight, offs, mask)
+        x = x * scale - scale * _row(norm.mean, offs, mask)
+    if norm.bias is not None:
+        x += _row(norm.bias, offs, mask)
+    return x
+
+
+@triton.jit
+def _up(hidden, g, w, EPS: tl.constexpr, offs, mask_c, D_G: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
+    """z = BN2(up(hidden)) for the channels `offs` of group g; hidden: PARTS tiles of a group after the other."""
+    z = None
+    for part in tl.static_range(PARTS):
+        offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask = mask_c[:, None] & (offs_d < D_G)[None, :]
+        up = tl.load(w.up + offs[:, None] * D_G + offs_d[None, :], mask=mask, other=0.0)
+        z = tl.dot(hidden[g * PARTS + part], up.T, z, input_precision="ieee")
+    return _batch_norm(z, w.bn2, EPS.bn2, offs, mask_c)
+
+
+@triton.jit(do_not_specialize=["images"])
+def _adapter_fwd(
+    out_ptr,
+    xs,
+    branches,
+    summaries_ptr,
+    gates_av,
+    weights,
+    gates,
+    post_norm,
+    x_strides,
+    branch_strides,
+    stride_s_stream,
+    stride_s_n,
+    stride_s_m,
+    images,
+    N,
+    channels,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    num_stages: tl.constexpr,
+):
+    C_G: tl.constexpr = C // GROUPS
+    D_G: tl.constexpr = D // GROUPS
+    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
+    dtype = out_ptr.dtype.element_ty
+    blocks = tl.cdiv(N, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    image = (tl.program_id(0) // blocks % images).to(tl.int64)
+    stream = tl.program_id(0) // blocks // images
+
+    # Pointers are chosen, not code: both streams run the same instructions.
+    w = weights[0]
+    if stream == 1:
+        w = weights[STREAMS - 1]
+    gate_av = tl.where(stream == 0, _gate(gates_av[0]), _gate(gates_av[STREAMS - 1]))
+    gate = tl.where(stream == 0, _gate(gates[0]), _gate(gates[STREAMS - 1]))
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (offs_n < N)[:, None]
+    x_rows = _token_rows(xs, x_strides, stream, image, offs_n, STREAMS)
+    branch_rows = _token_rows(branches, branch_strides, stream, image, offs_n, STREAMS)
+    out_rows = out_ptr + ((stream * images + image) * N + offs_n)[:, None] * C
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = (offs_m < M)[:, None]
+    if summaries_ptr is not None:
+        s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
+
+    zeros = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    x_mean, b_mean, b_m2 = zeros, zeros, zeros
+    s_mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    logits = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in tl.range(0, GROUPS * channels, BLOCK_C, num_stages=num_stages):
+        offs_c = start + tl.arange(0, BLOCK_C)[None, :]
+        mask = mask_n & (offs_c < C)
+        x = tl.load(x_rows + offs_c, mask=mask, other=0.0)
+        x_mean, _ = _welford(x_mean, 0.0, x.to(tl.float32), start, C, BLOCK_C)
+        if summaries_ptr is not None:
+            s = tl.load(s_rows + offs_c, mask=mask_m & (offs_c < C), other=0.0)
+            s_mean, _ = _welford(s_mean, 0.0, s.to(tl.float32), start, C, BLOCK_C)
+            logits = tl.dot(x, s.T, logits, input_precision="ieee")
+        if EPS.post_norm is not None:
+            b = tl.load(branch_rows + offs_c, mask=mask, other=0.0).to(tl.float32)
+            b_mean, b_m2 = _welford(b_mean, b_m2, b, start, C, BLOCK_C)
+    mean, _ = _across_lanes(x_mean, 0.0, C, BLOCK_C)
+    b_mean, b_m2 = _across_lanes(b_mean, b_m2, C, BLOCK_C)
+    if summaries_ptr is not None:
+        logits = tl.where((offs_m < M)[None, :], logits, float("-inf"))
+        p = tl.exp(logits - tl.max(logits, 1)[:, None])
+        p = (p / tl.sum(p, 1)[:, None]).to(dtype)
+        s_mean, _ = _across_lanes(s_mean, 0.0, C, BLOCK_C)
+        mean += gate_av * tl.sum(p.to(tl.float32) * s_mean[None, :], 1)
+
+    squares = zeros
+    products, shifts = (), ()
+    for g in tl.static_range(GROUPS):
+        h, shift = (), ()
+        for _part in tl.static_range(PARTS):
+            h += (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
+            shift += (tl.zeros((BLOCK_D,), tl.float32),)
+        for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < C_G
+            offs = g * C_G + offs_c
+            x = tl.load(x_rows + offs[None, :], mask=mask_n & mask_c[None, :], other=0.0).to(tl.float32)
+            if summaries_ptr is not None:
+                s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
+                x += gate_av * tl.dot(p, s, input_precision="ieee")
+            if EPS.ln_before is not None:
+                x = tl.where(mask_c[None, :], x - mean[:, None], 0.0)
+                squares += x * x
+                if w.ln_before.weight is not None:
+                    x *= _row(w.ln_before.weight, offs, mask_c)
+            x = x.to(dtype)
+            h_next, shift_next = (), ()
+            for part in tl.static_range(PARTS):
+                offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+                mask = (offs_d < D_G)[:, None] & mask_c[None, :]
+                down = tl.load(w.down + (g * D_G + offs_d)[:, None] * C_G + offs_c[None, :], mask=mask, other=0.0)
+                h_next += (tl.dot(x, down.T, h[part], input_precision="ieee"),)
+                if w.ln_before.bias is not None:
+                    shift_next += (shift[part] + tl.sum(down * _row(w.ln_before.bias, offs, mask_c), 1),)
+                else:
+                    shift_next += (shift[part],)
+            h, shift = h_next, shift_next
+        products += h
+        shifts += shift
+
+    hidden = ()
+    for part in tl.static_range(GROUPS * PARTS):
+        offs_d = part % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
+        h = products[part]
+        if EPS.ln_before is not None:
+            h = h * tl.rsqrt(tl.sum(squares, 1) / C + EPS.ln_before)[:, None] + shifts[part][None, :]
+        h = _batch_norm(h, w.bn1, EPS.bn1, part // PARTS * D_G + offs_d, offs_d < D_G)
+        hidden += (tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype),)
+
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    m2 = tl.zeros((BLOCK_N,), tl.float32)
+    if EPS.ln_after is not None:
+        for g in tl.static_range(GROUPS):
+            z_mean, z_m2 = zeros, zeros
+            for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
+                offs_c = start + tl.arange(0, BLOCK_C)
+                z = _up(hidden, g, w, EPS, g * C_G + offs_c, offs_c < C_G, D_G, BLOCK_D, PARTS)
+                z_mean, z_m2 = _welford(z_mean, z_m2, z, start, C_G, BLOCK_C)
+            z_mean, z_m2 = _across_lanes(z_mean, z_m2, C_G, BLOCK_C)
+            delta = z_mean - mean
+            mean += delta / (g + 1)
+            m2 += z_m2 + delta * delta * (C_G * g / (g + 1))
+
+    for g in tl.static_range(GROUPS):
+        for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < C_G
+            offs = g * C_G + offs_c
+            mask = mask_n & mask_c[None, :]
+            x = tl.load(x_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(branch_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)
+            if EPS.post_norm is not None:
+                b = _layer_norm(b, b_mean, b_m2, post_norm, EPS.post_norm, C, offs, mask_c)
+            z = _up(hidden, g, w, EPS, offs, mask_c, D_G, BLOCK_D, PARTS)
+            if EPS.ln_after is not None:
+                z = _layer_norm(z, mean, m2, w.ln_after, EPS.ln_after, C, offs, mask_c)
+            tl.store(out_rows + offs[None, :], (x + b + gate * z).to(dtype), mask=mask)
+
+
+def launches(
+    out: Tensor,
+    xs: Sequence[Tensor],
+    branches: Sequence[Tensor],
+    summaries: Tensor | None,
+    weights: Sequence[Weights],
+    post_norm: Norm | None,
+    eps: Sequence[float],
+    architecture: int,
+) -> list[_launch.Launch]:
+    """The one launch. Its constants go by the bottleneck's width: D numbers of a token stay in registers."""
+    streams, n, N, C = out.shape
+    D, channels = weights[0].down.shape
+    latents = 0 if summaries is None else summaries.shape[2]
+    norms = *(getattr(weights[0], name) for name in _NORMS), post_norm
+    constants, _ = _tuning.row("adapter", architecture, out.dtype, D)
+    for name, size in {"BLOCK_N": N, "BLOCK_C": channels, "BLOCK_D": D * channels // C}.items():
+        constants[name] = min(constants[name], _block(size))
+    constants |= {"BLOCK_M": _block(latents), "C": C, "D": D, "M": latents, "GROUPS": C // channels, "STREAMS": streams}
+    constants["EPS"] = Eps(*(None if norm is None else value for norm, value in zip(norms, eps)))
+    filled = [w._replace(**{name: getattr(w, name) or kind() for name, kind in _NORMS.items()}) for w in weights]
+    args = (
+        out,
+        tuple(xs),
+        tuple(branches),
+        summaries,
+        tuple(w.gate_av for w in filled),
+        tuple(w._replace(gate_av=None, gate=None) for w in filled),
+        tuple(w.gate for w in filled),
+        post_norm or Norm(),
+        tuple(x.stride()[:2] for x in xs),
+        tuple(b.stride()[:2] for b in branches),
+        *((0, 0, 0) if summaries is None else summaries.stride()[:3]),
+        n,
+        N,
+        channels if architecture else tl.constexpr(channels),
+    )
+    grid = (streams * n * triton.cdiv(N, constants["BLOCK_N"]),)
+    return [_launch.Launch(_adapter_fwd, grid, args, constants)]
+
+
+def _block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))  # tl.dot takes no less
+
+
+def reasons(
+    xs: Sequence[Tensor],
+    branches: Sequence[Tensor],
+    summaries: Tensor | None,
+    weights: Sequence[Weights],
+    post_norm: Norm | None,
+) -> list[str]:
+    """Why the kernel cannot take these tensors; an empty list when it can."""
+    streams = [*xs, *branches, *([] if summaries is None else [summaries])]
+    parameters = {f"weights[{i}].{name}": t for i, w in enumerate(weights) for name, t in _tensors(w)}
+    parameters |= {f"post_norm.{name}": t for name, t in (post_norm or Norm())._asdict().items()}
+    parameters = {name: t for name, t in parameters.items() if t is not None}
+    products = [product for w in weights for product in (w.down, w.up)]
+    found = _checks.reasons(*streams, *parameters.values(), same_dtype=[*streams, *products])
+    counts = len(xs), len(branches), len(weights)
+    if counts not in ((1, 1, 1), (2, 2, 2)):
+        return [*found, "expected xs, branches and weights of one or two streams, got {}, {} and {}".format(*counts)]
+    dimensions = xs[0].ndim, weights[0].down.ndim, 4 if summaries is None else summaries.ndim
+    if dimensions != (3, 2, 4):
+        return [*found, "expected xs of 3, down of 2, summaries of 4 dimensions, got {}, {}, {}".format(*dimensions)]
+
+    n, N, C = xs[0].shape
+    D, channels = weights[0].down.shape
+    groups = C // max(channels, 1)
+    if groups not in (1, 2, 4) or groups * channels != C or D % groups:
+        found.append(f"expected 1, 2 or 4 groups of equal widths, got {C} channels and a down of {(D, channels)}")
+        groups = 1
+    widths = [row["width"] for row in _tuning.DEFAULTS["adapter"] if row["bytes"] >= xs[0].dtype.itemsize]
+    if widths and D > max(widths):
+        found.append(f"expected a bottleneck of at most {max(widths)} in {xs[0].dtype}, got {D}")
+    latents = 1 if summaries is None else summaries.shape[2]
+    if not 1 <= latents <= 64:
+        found.append(f"expected 1 to 64 latents, got {latents}")
+    if summaries is not None and any(w.gate_av is None for w in weights):
+        found.append("expected gate_av beside summaries, got none")
+    absent = [[getattr(w, name) is None for name in _NORMS] for w in weights]
+    absent = [a + [t is None for name, t in _tensors(w) if "." in name] for a, w in zip(absent, weights)]
+    if absent[0] != absent[-1]:
+        found.append("expected the same norms in both streams, got others")
+
+    shapes = {"down": (D, channels), "up": (C, D // groups), "bn1": (D,), "gate_av": (1,), "gate": (1,)}
+    expected = [(f"{name}[{i}]", t, (n, N, C)) for name, ts in (("xs", xs), ("branches", branches)) for i, t in enumerate(ts)]
+    expected += [] if summaries is None else [("summaries", summaries, (len(xs), n, latents, C))]
+    expected += [(name, t, shapes.get(name.split(".")[1], (C,))) for name, t in parameters.items()]
+    for name, t, shape in expected:
+        if t.dtype not in _checks.DTYPES:
+            found.append(f"expected {name} of float32, float16 or bfloat16, got {t.dtype}")
+        if tuple(t.shape) != shape:
+            found.append(f"expected {name} of shape {shape}, got {tuple(t.shape)}")
+        elif t.stride(-1) != 1 or (t.ndim < 3 and not t.is_contiguous()):
+            found.append(f"expected {name} with its last dimension contiguous, got strides {t.stride()}")
+    return found
+
+
+def adapter(
+    xs: Sequence[Tensor],
+    branches: Sequence[Tensor],
+    summaries: Tensor | None,
+    weights: Sequence[Weights],
+    post_norm: Norm | None,
+    *,
+    eps: Sequence[float],
+) -> Tensor:
+    """X + PostNorm(B) + g LN_after(...) of one or two streams: (streams, n, N, C), contiguous.
+
+    Args:
+        xs, branches: each stream's (n, N, C), channels contiguous, other strides at will.
+        summaries: the latents that each stream reads, (streams, n, m, C), or None.
+        weights: each stream's; down and up in the type of xs, the others in that or another.
+        post_norm: the frozen block's, or None.
+        eps: of LN_before, BN1, BN2, LN_after and the post-norm, some number for each that is absent.
+
+    Raises: ValueError with all the `reasons`.
+    """
+    flat = [t for w in weights for _, t in _tensors(w)]
+    present = [getattr(w, name) is not None for w in weights for name in _NORMS] + [post_norm is not None]
+    return _adapter(list(xs), list(branches), summaries, flat, list(post_norm or Norm()), present, list(eps))
+
+
+@torch.library.custom_op("lavish_fast::adapter", mutates_args=())
+def _adapter(
+    xs: list[Tensor],
+    branches: list[Tensor],
+    summaries: Tensor | None,
+    weights: list[Tensor | None],
+    post_norm: list[Tensor | None],
+    present: list[bool],
+    eps: list[float],
+) -> Tensor:
+    tensors, there = iter(weights), iter(present)
+    streams = [_unflattened(tensors, there) for _ in range(len(present) // len(_NORMS))]
+    norm = Norm(*post_norm) if next(there) else None
+    if found := reasons(xs, branches, summaries, streams, norm):
+        raise ValueError("adapter: " + "; ".join(found))
+    out = xs[0].new_empty(len(xs), *xs[0].shape)
+    architecture = _launch.architecture(out.device)
+    _launch.run(launches(out, xs, branches, summaries, streams, norm, eps, architecture), out.device)
+    return out
+
+
+@_adapter.register_fake
+def _(xs, branches, summaries, weights, post_norm, present, eps):
+    return xs[0].new_empty(len(xs), *xs[0].shape)
+
+
+def _tensors(w: Weights) -> Iterator[tuple[str, Tensor | None]]:
+    """What one stream has, flat and by name, absent norms included."""
+    for name in Weights._fields:
+        if name in _NORMS:
+            norm = getattr(w, name) or _NORMS[name]()
+            yield from ((f"{name}.{part}", getattr(norm, part)) for part in norm._fields)
+        else:
+            yield name, getattr(w, name)
+
+
+def _unflattened(tensors: Iterator[Tensor | None], present: Iterator[bool]) -> Weights:
+    fields = {}
+    for name in Weights._fields:
+        if name in _NORMS:
+            norm = _NORMS[name](*islice(tensors, len(_NORMS[name]._fields)))
+            fields[name] = norm if next(present) else None
+        else:
+            fields[name] = next(tensors)
+    return Weights(**fields)
+
+
+def builds(architecture: int) -> Iterator[tuple[str, list[_launch.Launch]]]:
+    """Cases to build where there is no card: the paper's widths, its two settings, and the extremes."""
+    yield from ()

@@ -1,0 +1,70 @@
+"""Builds a kernel file's launches for cards that are not here, and prints what came out, a line of JSON each.
+
+    python tests/build_kernels.py gather_latents
+
+A process of its own, since Triton's interpreter and its compiler exclude each other in one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+ARCHITECTURES = (80, 86, 90)
+_TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Card:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def _report(cubin: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, sass = (
+            subprocess.run([_TOOL, option, path], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "mma": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),
+    }
+
+
+def main(name: str) -> None:
+    module = importlib.import_module(f"lavish_fast.kernels.{name}")
+    for architecture in ARCHITECTURES:
+        triton.runtime.driver.set_active(Card(architecture))
+        for case, launches in module.builds(architecture):
+            for launch in launches:
+                built = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
+                row = {"architecture": architecture, "case": case, "kernel": launch.kernel.fn.__name__}
+                row |= {"shared": built.metadata.shared} | _report(built.asm["cubin"])
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,101 @@
+"""What the kernels' tests share: where they run, inputs with traps around them, and how far from the truth they may be.
+
+On a machine with a card the kernels run on it; without one Triton's interpreter runs them on the CPU, where bfloat16
+is silently wrong and is left to the card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # bytes that one program may have
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """torch.empty and its kin give NaN, so that what a kernel does not write shows."""
+
+    def poison(function: Callable) -> Callable:
+        @wraps(function)
+        def call(*args, **kwargs):
+            out = function(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() and out.device.type != "meta" else out
+
+        return call
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Normal numbers on the device, exact in `dtype`, the same for every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator)).to(dtype).to(DEVICE)
+
+
+def guarded(x: Tensor) -> Tensor:
+    """The same numbers with the same strides, cut out of a buffer of NaN."""
+    margin = 64
+    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1 if x.numel() else 0
+    buffer = torch.full((extent + 2 * margin,), float("nan"), dtype=x.dtype, device=x.device)
+    return buffer.as_strided(x.shape, x.stride(), margin).copy_(x)
+
+
+def assert_within_budget(got: Tensor, reference: Tensor, truth: Tensor) -> None:
+    """`got` against the truth in float64: at most twice as far as the reference in the same type, and 4 ulp.
+
+    The worst element and the RMS; and in any case a relative RMS of 0.005, in float32 of 1e-5.
+    """
+    assert got.shape == truth.shape
+    assert got.dtype == reference.dtype
+    assert torch.isfinite(got).all()
+    cap = 1e-5 if got.dtype == torch.float32 else 0.005
+    ulp = torch.finfo(got.dtype).eps * truth.abs().max().item()
+    errors = [(x.double().to(truth.device) - truth).abs() for x in (got, reference)]
+    worst, rms = ([e.max().item() for e in errors], [e.square().mean().sqrt().item() for e in errors])
+    assert worst[0] <= 2 * worst[1] + 4 * ulp, f"worst element: {worst[0]:.3g}, reference {worst[1]:.3g}"
+    assert rms[0] <= 2 * rms[1] + ulp / 4, f"RMS: {rms[0]:.3g}, reference {rms[1]:.3g}"
+    relative = rms[0] / truth.square().mean().sqrt().item()
+    assert relative <= cap, f"relative RMS: {relative:.3g}, at most {cap}"
+
+
+@cache
+def build(op: str) -> list[dict]:
+    """What tests/build_kernels.py says of each launch of this kernel file, built for each of SHARED's cards."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("build_kernels.py"), op]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_built(op: str) -> None:
+    """Every launch keeps to registers and to its card's shared memory; products of 16-bit types are on tensor cores."""
+    rows = build(op)
+    assert {row["architecture"] for row in rows} == set(SHARED)
+    for row in rows:
+        assert row["stack"] == 0, f"spills: {row}"
+        assert row["shared"] <= SHARED[row["architecture"]], f"shared memory: {row}"
+    # A kernel without a product, such as one that adds partial sums, has none in any build.
+    for row in rows:
+        if "float32" not in row["case"] and any(r["mma"] for r in rows if r["kernel"] == row["kernel"]):
+            assert row["mma"], f"no tensor-core instruction: {row}"
+    assert any(row["mma"] for row in rows)
