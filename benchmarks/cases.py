@@ -595,9 +595,9 @@ CASES = {
         MODES,
         paths=(
             "reference",
-            "model",
             "released",
             "released-bmm",
+            "model",
             "concatenated",
             "folded",
             "xformers",

@@ -57,7 +57,6 @@ PRECISIONS = {
 }
 EXECUTIONS = {
     "eager": "as written",
-    "own": "as lavish_fast.optimize compiles and captures it",
     "compile": "torch.compile of the whole, its default mode",
     "max-autotune": "torch.compile of the whole, mode max-autotune without CUDA graphs",
     "reduce-overhead": "torch.compile of the whole with CUDA graphs",
@@ -65,6 +64,7 @@ EXECUTIONS = {
     "blocks": "torch.compile of each block by itself",
     "graph": "eager, captured as one CUDA graph (inference)",
     "blocks+graph": "each block compiled, the whole captured as one CUDA graph (inference)",
+    "own": "as lavish_fast.optimize compiles and captures it (inference)",
 }
 
 

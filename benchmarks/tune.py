@@ -44,9 +44,7 @@ def tune(op: str, preset: str, dtype: torch.dtype, batch: int, device: str, seco
         yield _tune(op, case, case.problem(sizes, setting, 1), dtype, batch, device, seconds)
 
 
-def _tune(
-    op: str, case: Case, problem: Problem, dtype: torch.dtype, batch: int, device: str, seconds: float
-) -> Tuned:
+def _tune(op: str, case: Case, problem: Problem, dtype: torch.dtype, batch: int, device: str, seconds: float) -> Tuned:
     name = str(dtype).removeprefix("torch.")
     truth = Truth(problem, "reference", device, training=False)
     once, inputs = (problem.batch(repeats, dtype, device) for repeats in (1, batch))

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 DEFAULTS: dict[str, list[dict[str, Any]]] = {
-    "adapter": [  # width: the bottleneck's
+    "adapter": [  # width: of the bottleneck, D
         {"bytes": 2, "width": 96, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
-        {"bytes": 2, "width": 384, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
-        {"bytes": 4, "width": 384, "BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1},
+        {"bytes": 2, "width": 192, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
+        {"bytes": 2, "width": 384, "BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+        {"bytes": 4, "width": 384, "BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
     ],
     "gather_latents": [
         {"bytes": 2, "width": 2048, "most_tokens": 256, "chunk": 18432, "num_warps": 4, "num_stages": 3},
@@ -30,6 +31,30 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
 }
 
 ROWS: dict[tuple[str, int, str, int], dict[str, Any]] = {}
+
+# What tuning tries: every combination of an op's values.
+CANDIDATES: dict[str, dict[str, tuple]] = {
+    "adapter": {
+        "BLOCK_N": (16, 32, 64, 128),
+        "BLOCK_C": (32, 64),
+        "BLOCK_D": (64,),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+    "gather_latents": {
+        "most_tokens": (64, 128, 256),
+        "chunk": (9216, 18432),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3),
+    },
+    "window_attention": {
+        "BLOCK_M": (16, 32, 64),
+        "BLOCK_N": (32, 64, 128),
+        "RELOAD": (False, True),
+        "programs": (1440,),
+        "num_warps": (1, 2, 4),
+    },
+}
 
 
 def row(op: str, architecture: int, dtype: torch.dtype, width: int) -> tuple[dict[str, Any], str]:

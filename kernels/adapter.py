@@ -7,20 +7,22 @@ X, B, out (n, N, C): the stream, the frozen branch before its post-norm, the res
 down (D, C / G), up (C, D / G): products by group. S, every norm and g may be absent. Each stream has its own S and
 weights; the post-norm is the frozen block's, one for both. BatchNorms go by their running statistics.
 
-A program owns BLOCK_N tokens of one image of one stream. It walks their C channels in chunks, three or four times:
+A program owns BLOCK_N tokens of one image of one stream. It walks their C channels in chunks, up to four times:
 
 1. the logits X Sᵀ; the means of X and S; mean and deviation of B.
-2. down of X' less its mean. LN_before needs no walk of its own: X' is linear in X and S, so its mean is known from
-   theirs, and its deviation is one factor a token, gathered on the way and applied to the product.
-3. only for LN_after: mean and deviation of z = BN2(up(hidden)).
-4. z once more, which takes fewer bytes than keeping it, and the sum.
+2. down, of X' less its mean. LN_before needs no walk of its own: X' is linear in X and S, so that its mean is known
+   from theirs, and its deviation is a factor of the token, gathered on the way and applied to the product.
+3. for LN_after: mean and deviation of z = BN2(up(hidden)).
+4. z once more, since up's weights are fewer bytes than a stored z, and the sum.
 
 float32: logits, softmax, statistics, norms, gates, the sum. Rounded to the streams' type: softmax(X Sᵀ), what goes into
-down and into up, and out. Deviations are of differences to a mean (Welford's), so that a large mean costs no digits.
+down (before the division by the deviation: in float16 it must not pass 65504) and into up, and out. Deviations are of
+differences to a running mean (Welford), so that a large mean costs no digits.
 
-Bytes: device memory gives X and B and takes out once, which is the least: 6 C a token in 16 bits. L2 gives X three
-times, B twice and, once for BLOCK_N tokens, 3 C D / G weights: 11 KB a token at C = 768, D / G = 48, BLOCK_N = 64.
-FLOPs: 4 C m + 6 C D / G a token, where the least is 4 C m + 4 C D / G; m and D / G count as padded to BLOCK_M, BLOCK_D.
+Bytes: device memory gives X and B and takes out once each, 6 C a token in 16 bits, the least. L2 gives X three times, B
+twice and, to BLOCK_N tokens together, 3 C D / G weights: 11 KB a token at C = 768, D / G = 48, BLOCK_N = 64.
+FLOPs: 4 C m + 6 C D / G a token, of which 2 C D / G are walk 3's, beyond the least; m and D / G are padded to BLOCK_M
+and to a multiple of BLOCK_D.
 """
 
 from __future__ import annotations
@@ -32,9 +34,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lavish_fast.kernels import _checks, _launch, _tuning
+from torch import Tensor
 
 
 class Norm(NamedTuple):
@@ -45,7 +46,7 @@ class Norm(NamedTuple):
 
 
 class BatchNorm(NamedTuple):
-    """A BatchNorm's buffers and parameters, (C,) or (D,) each. Folded into the product before it, it is a bias alone."""
+    """A BatchNorm's buffers and parameters, (C,) or (D,) each; a bias alone where it is folded into its product."""
 
     mean: Tensor | None = None
     variance: Tensor | None = None
@@ -67,7 +68,7 @@ class Weights(NamedTuple):
 
 
 class Eps(NamedTuple):
-    """What each norm adds to its variance; for the kernel None where there is no such LayerNorm."""
+    """What each norm adds to its variance; the kernel gets None where there is no such norm."""
 
     ln_before: float | None
     bn1: float | None
@@ -81,6 +82,7 @@ _NORMS = {"ln_before": Norm, "bn1": BatchNorm, "bn2": BatchNorm, "ln_after": Nor
 
 @triton.jit
 def _token_rows(ptrs, strides, stream, image, offs_n, STREAMS: tl.constexpr):
+    """Pointers to the rows of these tokens, (BLOCK_N, 1), in the program's stream and image."""
     ptr = tl.where(stream == 0, ptrs[0], ptrs[STREAMS - 1])
     stride_n = tl.where(stream == 0, strides[0][0], strides[STREAMS - 1][0])
     stride_t = tl.where(stream == 0, strides[0][1], strides[STREAMS - 1][1])
@@ -208,6 +210,7 @@ def _adapter_fwd(
     if summaries_ptr is not None:
         s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
 
+    # 1. Every lane of a tile keeps the statistics of the channels it sees; they meet at the end.
     zeros = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     x_mean, b_mean, b_m2 = zeros, zeros, zeros
     s_mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -233,6 +236,7 @@ def _adapter_fwd(
         s_mean, _ = _across_lanes(s_mean, 0.0, C, BLOCK_C)
         mean += gate_av * tl.sum(p.to(tl.float32) * s_mean[None, :], 1)
 
+    # 2. All groups' products stay until the factor of each token is known.
     squares = zeros
     products, shifts = (), ()
     for g in tl.static_range(GROUPS):
@@ -268,7 +272,7 @@ def _adapter_fwd(
         products += h
         shifts += shift
 
-    hidden = ()
+    hidden = ()  # PARTS tiles for each group
     for part in tl.static_range(GROUPS * PARTS):
         offs_d = part % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
         h = products[part]
@@ -277,6 +281,7 @@ def _adapter_fwd(
         h = _batch_norm(h, w.bn1, EPS.bn1, part // PARTS * D_G + offs_d, offs_d < D_G)
         hidden += (tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype),)
 
+    # 3. The statistics of z, each group's merged with those before it.
     mean = tl.zeros((BLOCK_N,), tl.float32)
     m2 = tl.zeros((BLOCK_N,), tl.float32)
     if EPS.ln_after is not None:
@@ -291,6 +296,7 @@ def _adapter_fwd(
             mean += delta / (g + 1)
             m2 += z_m2 + delta * delta * (C_G * g / (g + 1))
 
+    # 4. The sum.
     for g in tl.static_range(GROUPS):
         for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
             offs_c = start + tl.arange(0, BLOCK_C)
@@ -342,6 +348,8 @@ def launches(
         *((0, 0, 0) if summaries is None else summaries.stride()[:3]),
         n,
         N,
+        # A bound that the compiler does not know keeps it from unrolling the walks, which spills. The interpreter
+        # (no architecture) cannot take one.
         channels if architecture else tl.constexpr(channels),
     )
     grid = (streams * n * triton.cdiv(N, constants["BLOCK_N"]),)
@@ -375,12 +383,11 @@ def reasons(
 
     n, N, C = xs[0].shape
     D, channels = weights[0].down.shape
-    groups = C // max(channels, 1)
+    groups = max(C // max(channels, 1), 1)
     if groups not in (1, 2, 4) or groups * channels != C or D % groups:
         found.append(f"expected 1, 2 or 4 groups of equal widths, got {C} channels and a down of {(D, channels)}")
-        groups = 1
     widths = [row["width"] for row in _tuning.DEFAULTS["adapter"] if row["bytes"] >= xs[0].dtype.itemsize]
-    if widths and D > max(widths):
+    if widths and max(widths) < D:
         found.append(f"expected a bottleneck of at most {max(widths)} in {xs[0].dtype}, got {D}")
     latents = 1 if summaries is None else summaries.shape[2]
     if not 1 <= latents <= 64:
@@ -391,9 +398,13 @@ def reasons(
     absent = [a + [t is None for name, t in _tensors(w) if "." in name] for a, w in zip(absent, weights)]
     if absent[0] != absent[-1]:
         found.append("expected the same norms in both streams, got others")
+    if any(norm and (norm.mean is None) != (norm.variance is None) for w in weights for norm in (w.bn1, w.bn2)):
+        found.append("expected mean and variance of a BatchNorm, got one of them")
 
     shapes = {"down": (D, channels), "up": (C, D // groups), "bn1": (D,), "gate_av": (1,), "gate": (1,)}
-    expected = [(f"{name}[{i}]", t, (n, N, C)) for name, ts in (("xs", xs), ("branches", branches)) for i, t in enumerate(ts)]
+    expected = [
+        (f"{name}[{i}]", t, (n, N, C)) for name, ts in (("xs", xs), ("branches", branches)) for i, t in enumerate(ts)
+    ]
     expected += [] if summaries is None else [("summaries", summaries, (len(xs), n, latents, C))]
     expected += [(name, t, shapes.get(name.split(".")[1], (C,))) for name, t in parameters.items()]
     for name, t, shape in expected:
@@ -426,6 +437,9 @@ def adapter(
 
     Raises: ValueError with all the `reasons`.
     """
+    # Here, and not in the custom op, which is called with gradients off.
+    if found := reasons(xs, branches, summaries, weights, post_norm):
+        raise ValueError("adapter: " + "; ".join(found))
     flat = [t for w in weights for _, t in _tensors(w)]
     present = [getattr(w, name) is not None for w in weights for name in _NORMS] + [post_norm is not None]
     return _adapter(list(xs), list(branches), summaries, flat, list(post_norm or Norm()), present, list(eps))
@@ -444,8 +458,6 @@ def _adapter(
     tensors, there = iter(weights), iter(present)
     streams = [_unflattened(tensors, there) for _ in range(len(present) // len(_NORMS))]
     norm = Norm(*post_norm) if next(there) else None
-    if found := reasons(xs, branches, summaries, streams, norm):
-        raise ValueError("adapter: " + "; ".join(found))
     out = xs[0].new_empty(len(xs), *xs[0].shape)
     architecture = _launch.architecture(out.device)
     _launch.run(launches(out, xs, branches, summaries, streams, norm, eps, architecture), out.device)
@@ -479,5 +491,47 @@ def _unflattened(tensors: Iterator[Tensor | None], present: Iterator[bool]) -> W
 
 
 def builds(architecture: int) -> Iterator[tuple[str, list[_launch.Launch]]]:
-    """Cases to build where there is no card: the paper's widths, its two settings, and the extremes."""
-    yield from ()
+    """What a machine without a card builds: the paper's stages in its two settings, and the extremes."""
+    cases = [(torch.bfloat16, width, {}) for width in (192, 384, 768, 1536)]
+    cases += [(torch.bfloat16, width, {"reduction": 4, "latents": 16}) for width in (768, 1536)]
+    cases += [(torch.bfloat16, 768, {"groups": 4, "latents": 64}), (torch.bfloat16, 768, {"groups": 1})]
+    cases += [(torch.bfloat16, 768, {"norms": norms}) for norms in ("folded", "none")]
+    cases += [(torch.float16, 384, {}), (torch.float32, 768, {}), (torch.float32, 1536, {})]
+    for dtype, width, options in cases:
+        name = " ".join(str(part) for part in (dtype, width, *(f"{k} {v}" for k, v in options.items())))
+        yield name.removeprefix("torch."), _build(dtype, width, architecture, **options)
+
+
+def _build(
+    dtype: torch.dtype,
+    width: int,
+    architecture: int,
+    *,
+    reduction: int = 8,
+    latents: int = 2,
+    groups: int = 2,
+    norms: str = "all",
+) -> list[_launch.Launch]:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, N, D = 20, 110592 // width, width // reduction
+    layer_norm, batch_norm = Norm(empty(width), empty(width)), lambda size: BatchNorm(*(empty(size) for _ in range(4)))
+    w = Weights(
+        empty(1),
+        layer_norm,
+        empty(D, width // groups),
+        batch_norm(D),
+        empty(width, D // groups),
+        batch_norm(width),
+        layer_norm,
+        empty(1),
+    )
+    if norms == "folded":
+        w = w._replace(ln_before=Norm(), bn1=BatchNorm(bias=empty(D)), bn2=BatchNorm(bias=empty(width)), gate=None)
+    elif norms == "none":
+        w = w._replace(**dict.fromkeys(_NORMS))
+        layer_norm = None
+    xs = [empty(n, N, width)] * 2
+    summaries = empty(2, n, latents, width)
+    return launches(empty(2, n, N, width), xs, xs, summaries, [w, w], layer_norm, (1e-5,) * 5, architecture)

@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lavish_fast.kernels.adapter import BatchNorm, Norm, Weights, _adapter, adapter, reasons
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.cases import randomise
 from kernel_parity import DEVICE, DTYPES, assert_built, assert_within_budget, draw, guarded, poisoned  # noqa: F401
@@ -176,7 +176,7 @@ def test_every_stage_in_full(width, tokens, options, dtype):
 
 
 def fold(step: Step) -> tuple[list[Weights], Norm]:
-    """The step's weights with each BatchNorm and LN_before's affine in the product beside it, and the gate in LN_after."""
+    """The step's weights with BatchNorms and LN_before's affine in the products, and the gate in LN_after."""
     folded = []
     for w, a in zip(step.weights(), step.adapters):
         down, up = a.down.double(), a.up.double()
@@ -261,11 +261,11 @@ def test_gates_of_zero_return_x(dtype):
 
 
 def test_gate_av_of_zero_leaves_the_latents_out():
-    step, alone = Step(), Step(latents=0)
+    step = Step()
     for gate in step.gates_av:
         gate.zero_()
     xs, branches, summaries = step.inputs()
-    assert torch.equal(step.fused(xs, branches, summaries), alone.fused(xs, branches, None))
+    assert torch.equal(step.fused(xs, branches, summaries), step.fused(xs, branches, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -313,7 +313,9 @@ def laid_out(kind: str, x: Tensor) -> Tensor:
     return guarded(x)
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "every other image", "tokens first", "part of wider rows", "misaligned"])
+@pytest.mark.parametrize(
+    "kind", ["contiguous", "every other image", "tokens first", "part of wider rows", "misaligned"]
+)
 def test_layouts_inside_nan(kind):
     step = Step(48)
     xs, branches, summaries = step.inputs(3, 5)
@@ -334,7 +336,7 @@ def test_parameters_inside_nan():
     expected = step.fused(*inputs)
     for module in step.modules():
         for tensors in (module._parameters, module._buffers):
-            for name, t in tensors.items():
+            for t in tensors.values():
                 if t is not None and t.is_floating_point():
                     t.data = guarded(t.data)
     assert torch.equal(step.fused(*inputs), expected)
@@ -399,12 +401,17 @@ def test_what_it_refuses():
     refused("up of shape (32, 4), got (32, 8)", weights=[w._replace(up=torch.cat((w.up, w.up), 1)), weights[1]])
     refused("bn1.bias of shape (8,), got (32,)", weights=[w._replace(bn1=w.bn1._replace(bias=w.bn2.bias)), weights[1]])
     refused("the same norms in both streams", weights=[w._replace(ln_after=None), weights[1]])
+    refused("the same norms", weights=[w._replace(ln_before=Norm()), weights[1]._replace(ln_before=None)])
+    refused("mean and variance", weights=[v._replace(bn1=v.bn1._replace(mean=None)) for v in weights])
+    refused("up with its last dimension contiguous", weights=[w._replace(up=w.up.T.contiguous().T), weights[1]])
     refused("gate_av beside summaries", weights=[w._replace(gate_av=None), weights[1]])
     refused("one or two streams, got 2, 2 and 1", weights=[w])
     refused("got 3, 2, 3", summaries=summaries[0])
     refused("1 to 64 latents, got 65", summaries=torch.zeros(2, 2, 65, 32, device=DEVICE))
     both = {"xs": [xs[0][:, :4], xs[1]], "norm": Norm(norm.weight[:3], norm.bias)}
-    refused("branches[0] of shape", "branches[1] of shape", "xs[1]", "post_norm.weight of shape (32,), got (3,)", **both)
+    refused(
+        "xs[1]", "branches[0] of shape", "branches[1] of shape", "post_norm.weight of shape (32,), got (3,)", **both
+    )
     wide, deep = Step(36, groups=3, reduction=2, streams=1), Step(1536, reduction=2, streams=1, groups=1)
     for other, text in ((wide, "1, 2 or 4 groups"), (deep, "a bottleneck of at most 384 in torch.float32, got 768")):
         xs, branches, summaries = other.inputs(1, 1)
@@ -420,7 +427,7 @@ def test_it_refuses_gradients_and_other_devices(monkeypatch):
         step.fused(xs, branches, summaries)
     with torch.no_grad():
         assert torch.isfinite(step.fused(xs, branches, summaries)).all()
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("lavish_fast.kernels._checks._INTERPRETED", False)
     cpu = step.cpu()
     inputs = [x.detach().cpu() for x in xs], [b.cpu() for b in branches], summaries.cpu()
     with pytest.raises(ValueError, match="expected CUDA tensors, got cpu"):
@@ -441,7 +448,7 @@ def test_opcheck(options):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_whole_with_any_batch(backend):
     step = Step(16)
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(backend)
     torch._dynamo.reset()
     compiled = torch.compile(step.fused, fullgraph=True, backend=counter)
     for n in (1, 2, 3, 5, 16):

@@ -85,8 +85,8 @@ def test_parity(size, window, shift, d, dtype):
 
 @pytest.mark.parametrize("window", [2, 3, 5, 9, 10, 11, 13, 14, 15, 16])
 def test_parity_of_other_windows(window):
-    """On one window that is shifted over itself, which has all four regions."""
-    assert_parity(*inputs(window, 1, window), window, window // 2)
+    """On one window that is shifted over itself, which has all four regions, of many small images or one large."""
+    assert_parity(*inputs(window, 1, window, n=max(1, 144 // window**2)), window, window // 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,7 +107,7 @@ def test_parity_of_every_shift(shift):
 
 @pytest.mark.parametrize("seed", [4, 5, 6])
 def test_parity_of_seeds(seed):
-    assert_parity(*inputs(12, 2, 6, n=3, seed=seed), 6, 3)
+    assert_parity(*inputs(6, 2, 6, n=3, seed=seed), 6, 3)
 
 
 @pytest.mark.gpu
@@ -129,7 +129,7 @@ def test_weights_of_a_row_sum_to_one(size, window, shift, dtype):
 
 @pytest.mark.parametrize("window", [6, 12])
 def test_the_split_over_programs_does_not_change_a_bit(window, monkeypatch):
-    given = inputs(window, 2, window)
+    given = inputs(window, 1, window)
     expected = window_attention(*given, window, 0)
     for programs in (1, 4, 6):
         rows = [entry | {"programs": programs} for entry in _tuning.DEFAULTS["window_attention"]]
@@ -154,7 +154,7 @@ def test_programs_share_the_tiles_evenly(monkeypatch):
 
 
 def test_an_image_is_the_same_alone_and_in_any_batch():
-    qkv, scale, table = inputs(12, 2, 6, n=4)
+    qkv, scale, table = inputs(6, 1, 6, n=4)
     batch = window_attention(qkv, scale, table, 6, 3)
     for i in (0, 3):
         assert torch.equal(batch[i : i + 1], window_attention(qkv[i : i + 1], scale, table, 6, 3))
@@ -181,7 +181,7 @@ def test_windows_without_a_shift_are_images_of_their_own():
 
 
 def test_permuted_heads_give_permuted_outputs():
-    qkv, scale, table = inputs(12, 4, 6)
+    qkv, scale, table = inputs(6, 4, 6)
     order = [2, 0, 3, 1]
     permuted = qkv.unflatten(-1, (3, 4, 32))[..., order, :].flatten(-3)
     got = window_attention(permuted, scale[order].contiguous(), table[order].contiguous(), 6, 3)
@@ -221,10 +221,10 @@ def misaligned(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("window", "d"), [(4, 32), (6, 24), (7, 32)])
+@pytest.mark.parametrize(("window", "d"), [(4, 32), (7, 24)])
 @pytest.mark.parametrize("layout", [guarded, every_second, padded_rows, tokens_outside, misaligned])
 def test_any_layout_amid_nan_gives_the_same_bits(layout, window, d, dtype):
-    qkv, scale, table = inputs(2 * window, 1, window, d, n=2, dtype=dtype)
+    qkv, scale, table = inputs(window, 1, window, d, n=2, dtype=dtype)
     got = window_attention(layout(qkv), guarded(scale), guarded(table), window, window // 2)
     assert torch.equal(got, window_attention(qkv, scale, table, window, window // 2))
 
@@ -235,14 +235,11 @@ def test_one_image_expanded_over_the_batch():
     assert torch.equal(got, window_attention(qkv, scale, table, 4, 2).expand(3, -1, -1))
 
 
-@pytest.mark.parametrize(("n", "strides"), [(3, (2**30, 96, 1)), (1, (2**31, 2**28, 1))])
+@pytest.mark.parametrize(("n", "strides"), [(3, (2**30, 96, 1)), (1, (2**32, 3 * 2**26, 1))])
 def test_offsets_beyond_32_bits(n, strides):
-    """Images, or the tokens of one, lie up to 2^31 elements apart; what lies between is never touched."""
+    """Images, or the tokens of one, lie up to 2^31 elements apart or more; what lies between is never touched."""
     qkv, scale, table = inputs(4, 1, 4, n=n, dtype=torch.float16)
     last = (n - 1) * strides[0] + 15 * strides[1] + 96
-    if DEVICE == "cuda" and 2 * last > torch.cuda.mem_get_info()[0]:
-        strides = (strides[0], 2**27 + 2**25, 1)  # the last token still beyond 2^31
-        last = 15 * strides[1] + 96
     storage = torch.UntypedStorage(2 * last, device=DEVICE)
     far = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(storage, 0, (n, 16, 96), strides)
     far.copy_(qkv)
@@ -252,15 +249,15 @@ def test_offsets_beyond_32_bits(n, strides):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inputs_times_a_thousand(dtype):
     """Squared norms reach 1e9, far beyond float16."""
-    qkv, scale, table = inputs(12, 2, 6, 64, dtype=dtype)
+    qkv, scale, table = inputs(6, 2, 6, 64, n=2, dtype=dtype)
     assert_parity(1000 * qkv, scale, table, 6, 3)
     assert_parity(qkv / 1000, scale, table, 6, 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_constant_input_is_returned(dtype):
-    _, scale, table = inputs(12, 2, 6)
-    qkv = torch.full((1, 144, 192), 3.0, dtype=dtype, device=DEVICE)
+    _, scale, table = inputs(6, 2, 6)
+    qkv = torch.full((1, 36, 192), 3.0, dtype=dtype, device=DEVICE)
     got = window_attention(qkv, scale, table, 6, 3)
     torch.testing.assert_close(got, torch.full_like(got, 3.0), rtol=1e-3, atol=0)
 
@@ -304,7 +301,7 @@ def test_a_nan_stays_in_its_image(where):
 
 
 def test_repeats_are_equal():
-    given = inputs(12, 2, 6, n=2)
+    given = inputs(6, 2, 6, n=2)
     first = window_attention(*given, 6, 3)
     assert all(torch.equal(first, window_attention(*given, 6, 3)) for _ in range(2))
 
@@ -377,7 +374,10 @@ def test_every_reason_is_named():
         ((qkv, scale, table, 6, 6), ["shift: expected 0 to window - 1, got 6 with window 6"]),
         ((qkv, scale, table, 6, -1), ["shift: expected 0 to window - 1, got -1 with window 6"]),
         ((qkv, scale, table[:, :1].contiguous(), 1, 0), ["window: expected 2 to 16, got 1"]),
-        ((*inputs(17, 2, 17), 17, 3), ["window: expected 2 to 16, got 17"]),
+        (
+            (*inputs(17, 2, 17), 17, 3),
+            ["window: expected 2 to 16, got 17", "qkv: expected 288 tokens a window or fewer, got 289"],
+        ),
         ((*inputs(14, 1, 14, d=48), 14, 3), ["qkv: expected 144 tokens a window or fewer, got 196"]),
         (
             (qkv[0].double(), scale.half(), table.half(), 6, 6),

@@ -86,6 +86,7 @@ def test_one_fresh_process_a_rung(processes):
         ("xformers", "blocks", "bfloat16"),
         ("fused", "blocks", "bfloat16"),
         ("fused", "blocks+graph", "bfloat16"),
+        ("optimized", "own", "bfloat16"),
     ]
     assert ways == [(r["path"], r["execution"], r["dtype"]) for r in rows]
     assert len({option(command, "--out") for command, *_ in commands}) == len(RUNGS)
@@ -97,7 +98,8 @@ def test_an_eager_ladder_compiles_nothing(processes):
     commands, _ = processes
     rows = climbed("eager")
     assert [option(command, "--execution") for command, *_ in commands] == ["eager"] * 6 + ["graph"]
-    assert (rows[2]["path"], rows[2]["status"], rows[2]["reason"]) == ("released-bmm", "skipped", "asked for eager")
+    for row, path in ((rows[2], "released-bmm"), (rows[-1], "optimized")):
+        assert (row["path"], row["status"], row["reason"]) == (path, "skipped", "asked for eager")
     assert len(rows) == len(RUNGS)
 
 
@@ -121,6 +123,7 @@ def test_whatever_becomes_of_a_rung_is_a_row(processes):
         ("skipped", "no card"),
         ("out of memory", "the truth"),
         ("out of memory", "the truth"),
+        ("ok", None),
     ]
     for rung, found in zip(RUNGS, rows):
         assert (found["path"], found["dtype"]) == (rung.path, rung.dtype)
@@ -138,7 +141,7 @@ def test_without_a_timeout(processes):
 
 
 def rungs():
-    speeds = [10.0, 30.0, None, 60.0, 70.0, None, 90.0, 100.0]
+    speeds = [10.0, 30.0, None, 60.0, 70.0, None, 90.0, 100.0, 110.0]
     reasons = iter([("failed", "exit code -9: Killed"), ("skipped", "xformers' attention takes CUDA tensors, " * 3)])
     found = []
     for rung, speed in zip(RUNGS, speeds):
@@ -158,12 +161,12 @@ def test_a_bar_a_rung_and_reasons_for_the_others():
     (axes,) = chart.axes
     bars = {round(bar.get_y() + bar.get_height() / 2): bar for bar in axes.patches}
     assert len(bars) == len(axes.patches) == len(RUNGS)
-    measured = [round(bars[7 - i].get_width(), 6) for i in range(8) if not bars[7 - i].get_hatch()]
-    assert measured == [10, 30, 60, 70, 90, 100]
-    assert [i for i in range(8) if bars[7 - i].get_hatch()] == [2, 5]
+    measured = [round(bars[8 - i].get_width(), 6) for i in range(9) if not bars[8 - i].get_hatch()]
+    assert measured == [10, 30, 60, 70, 90, 100, 110]
+    assert [i for i in range(9) if bars[8 - i].get_hatch()] == [2, 5]
     at = {}
     for text in axes.texts:
-        at.setdefault(7 - round(text.get_position()[1]), []).append(text.get_text())
+        at.setdefault(8 - round(text.get_position()[1]), []).append(text.get_text())
     for i, (rung, _) in enumerate(rungs()):
         assert rung.label in at[i]
     assert "failed: exit code -9: Killed" in at[2]
@@ -172,7 +175,7 @@ def test_a_bar_a_rung_and_reasons_for_the_others():
     assert "100/s  10.00x" in at[7]
     spans = [sorted(line.get_xdata()) for line in axes.lines]
     assert spans[0] == pytest.approx([10 * 0.8, 10 / 0.9])
-    assert len(spans) == 6
+    assert len(spans) == 7
     titles = [text.get_text() for text in chart.texts]
     assert titles == ["AVE inference, small preset, batch 2, a CPU"]
     # Nothing is cut off.
