@@ -20,11 +20,8 @@ _INSTALLED = triton is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels in Python, on CPU tensors
 
 
-def reasons(*tensors: Tensor | None, same_dtype: Sequence[Tensor] = (), training: bool = False) -> list[str]:
-    """What every kernel asks of its tensors; `same_dtype` are those of one type, the first of them the stream.
-
-    training: whether gradients or batch statistics are wanted, which no kernel has.
-    """
+def reasons(*tensors: Tensor | None, same_dtype: Sequence[Tensor] = ()) -> list[str]:
+    """What every kernel asks of its tensors; `same_dtype` are those of one type, the first of them the stream."""
     given = [t for t in tensors if t is not None]
     found = [] if _INSTALLED else ["expected triton to be installed, got none"]
     kinds = sorted({str(t.device) for t in given})
@@ -42,6 +39,6 @@ def reasons(*tensors: Tensor | None, same_dtype: Sequence[Tensor] = (), training
         found.append(f"expected tensors of one type, got {', '.join(names)}")
     elif same_dtype and same_dtype[0].dtype not in DTYPES:
         found.append(f"expected float32, float16 or bfloat16, got {names[0]}")
-    if training or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
-        found.append("expected evaluation without gradients, got training or tensors that require them")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        found.append("expected evaluation without gradients, got tensors that require them")
     return found

@@ -59,6 +59,26 @@ def guarded(x: Tensor) -> Tensor:
     return buffer.as_strided(x.shape, x.stride(), margin).copy_(x)
 
 
+def every_second(x: Tensor) -> Tensor:
+    """Every second image of a larger batch."""
+    return guarded(x.repeat_interleave(2, 0)[::2])
+
+
+def padded_rows(x: Tensor) -> Tensor:
+    """Tokens cut out of wider rows."""
+    return guarded(torch.cat([x, x], -1)[..., : x.shape[-1]])
+
+
+def tokens_outside(x: Tensor) -> Tensor:
+    """Tokens before images."""
+    return guarded(x.transpose(0, 1).contiguous().transpose(0, 1))
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """One element off any alignment."""
+    return guarded(torch.cat([x.new_full((1,), float("nan")), x.flatten()]))[1:].view_as(x)
+
+
 def assert_within_budget(got: Tensor, reference: Tensor, truth: Tensor) -> None:
     """`got` against the truth in float64: at most twice as far as the reference in the same type, and 4 ulp.
 

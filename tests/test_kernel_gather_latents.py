@@ -13,8 +13,12 @@ from kernel_parity import (
     assert_built,
     assert_within_budget,
     draw,
+    every_second,
     guarded,
+    misaligned,
+    padded_rows,
     poisoned,  # noqa: F401
+    tokens_outside,
 )
 from lavish_fast import reference
 
@@ -111,22 +115,6 @@ def test_an_empty_batch_keeps_its_shape():
     for N in (144, 300):
         latents, others = inputs(2, N, 96, n=0)
         assert gather_latents(latents, others).shape == (2, 0, 2, 96)
-
-
-def every_second(y: Tensor) -> Tensor:
-    return guarded(y.repeat_interleave(2, 0)[::2])
-
-
-def padded_rows(y: Tensor) -> Tensor:
-    return guarded(torch.cat([y, y], -1)[..., : y.shape[-1]])
-
-
-def tokens_outside(y: Tensor) -> Tensor:
-    return guarded(y.transpose(0, 1).contiguous().transpose(0, 1))
-
-
-def misaligned(y: Tensor) -> Tensor:
-    return guarded(torch.cat([y.new_full((1,), float("nan")), y.flatten()]))[1:].view_as(y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,8 +17,12 @@ from kernel_parity import (
     assert_built,
     assert_within_budget,
     draw,
+    every_second,
     guarded,
+    misaligned,
+    padded_rows,
     poisoned,  # noqa: F401
+    tokens_outside,
 )
 
 STAGES = [(48, 6, 12, 6), (48, 6, 12, 0), (24, 12, 12, 6), (12, 24, 12, 0), (6, 48, 6, 0)]  # size, heads, window, shift
@@ -202,22 +206,6 @@ def test_regions_do_not_mix():
 
 def test_an_empty_batch_keeps_its_shape():
     assert window_attention(*inputs(12, 2, 6, n=0), 6, 3).shape == (0, 144, 64)
-
-
-def every_second(x: Tensor) -> Tensor:
-    return guarded(x.repeat_interleave(2, 0)[::2])
-
-
-def padded_rows(x: Tensor) -> Tensor:
-    return guarded(torch.cat([x, x], -1)[..., : x.shape[-1]])
-
-
-def tokens_outside(x: Tensor) -> Tensor:
-    return guarded(x.transpose(0, 1).contiguous().transpose(0, 1))
-
-
-def misaligned(x: Tensor) -> Tensor:
-    return guarded(torch.cat([x.new_full((1,), float("nan")), x.flatten()]))[1:].view_as(x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
