@@ -96,7 +96,8 @@ def pretrain(config: Config, *, steps: int, batch_size: int = 64, seed: int = 0)
 
     def predict(images: Tensor) -> list[Tensor]:
         for block in backbone.blocks:  # constants of a frozen backbone, but not here
-            block.attn.scale, block.attn.bias = block.attn.position()
+            attn = block.attn
+            attn.qkv_bias, attn.scale, attn.table, attn.bias = attn.derived()
         features = backbone(images)
         return [head(features) for head in heads]
 

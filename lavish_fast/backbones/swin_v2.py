@@ -40,8 +40,12 @@ class WindowAttention(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, _: module.make_constants())
         self.make_constants()
 
-    def position(self) -> tuple[Tensor, Tensor]:
-        """The logit scale (heads, 1, 1) and the position bias by offset (heads, (2 window - 1)²), at least float32."""
+    def derived(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What follows from the weights, with their gradients where they are wanted.
+
+        The bias of q, k and v (3C), the logit scale (heads, 1, 1), the position bias by offset (heads, (2 window - 1)²)
+        and by pair of tokens (heads, N, N); all but the first in at least float32.
+        """
         dtype = torch.promote_types(self.logit_scale.dtype, torch.float32)
         device, window = self.logit_scale.device, self.window
         scale = self.logit_scale.to(dtype).clamp(max=math.log(100)).exp()
@@ -52,18 +56,18 @@ class WindowAttention(nn.Module):
         table = table.sign() * (table.abs() + 1).log2() / math.log2(8)
         hidden = F.relu(F.linear(table.to(dtype), self.cpb_mlp[0].weight.to(dtype), self.cpb_mlp[0].bias.to(dtype)))
         table = 16 * F.linear(hidden, self.cpb_mlp[2].weight.to(dtype)).sigmoid()  # (2w - 1, 2w - 1, heads)
-        return scale, table.flatten(0, 1).T.contiguous()
-
-    @torch.no_grad()
-    def make_constants(self) -> None:
-        """Makes anew qkv_bias (3C), scale, table, bias (heads, N, N), the shift's mask (windows, N, N), order (T,)."""
-        self.qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        self.scale, self.table = self.position()
-        device, window = self.table.device, self.window
+        table = table.flatten(0, 1).T.contiguous()
         row = torch.arange(window * window, device=device) // window
         column = torch.arange(window * window, device=device) % window
         offset = (row[:, None] - row + window - 1) * (2 * window - 1) + column[:, None] - column + window - 1
-        self.bias = self.table[:, offset]
+        qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        return qkv_bias, scale, table, table[:, offset]
+
+    @torch.no_grad()
+    def make_constants(self) -> None:
+        """Makes anew what is derived, the shift's mask (windows, N, N) and the order of the tokens (T,)."""
+        self.qkv_bias, self.scale, self.table, self.bias = self.derived()
+        device, window = self.table.device, self.window
         self.mask = self.order = None
         if window < self.size:
             tokens = torch.arange(self.size**2, device=device).view(self.size, self.size)
