@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavish_fast import ops, reference
-from lavish_fast.backbones import Block
+from lavish_fast.backbones import PLACES, Block
 from lavish_fast.config import AdapterConfig
 
 
@@ -66,14 +66,18 @@ class BlockAdapters(nn.ModuleDict):
         """Those beside one branch, audio first; none if the model has none there."""
         return [adapter for name, adapter in self.items() if name.endswith(place)]
 
-    def forward(self, block: Block, place: str, xs: Sequence[Tensor], branches: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The streams after the branch at `place`: X + norm(B) + LAV(X, Y), or without adapters X + norm(B).
+    def forward(self, block: Block, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The streams after the frozen block and these adapters: at each place X + norm(B) + LAV(X, Y).
 
-        xs: the block's streams, (n, N, C) each, audio first. branches: `block.branch(place, x)` of each.
+        Where there is no adapter, X + norm(B). xs: the block's streams, (n, N, C) each, audio first.
         """
-        if not (adapters := self.at(place)):
-            return [x + block.finish(place, branch) for x, branch in zip(xs, branches, strict=True)]
-        return ops.adapter(xs, branches, adapters, block.norm(place), block.drop_path, path=self.path)
+        for place in PLACES:
+            branches = [block.branch(place, x) for x in xs]
+            if adapters := self.at(place):
+                xs = ops.adapter(xs, branches, adapters, block.norm(place), block.drop_path, path=self.path)
+            else:
+                xs = [x + block.finish(place, branch) for x, branch in zip(xs, branches, strict=True)]
+        return xs
 
 
 def _channelwise(norm: nn.Module | None, x: Tensor) -> Tensor:

@@ -548,7 +548,7 @@ def _paths() -> list[Choice]:
         )
         x = torch.randn(1, size * size, width)
         ops.gather_latents(adapters["audio_p1"].latents, x)
-        adapters.eval()(block, "p1", [x, x], [block.branch("p1", x)] * 2)
+        adapters.eval()(block, [x, x])
         ops.attention(x[None], x[None], x[None], 1.0)
     return list({choice.op: choice for choice in choices}.values())
 

@@ -16,61 +16,6 @@ from lavish_fast.backbones.swin_v2 import CONSTANTS, WindowAttention
 from lavish_fast.model import Model, images
 
 
-class FoldedAdapter(nn.Module):
-    """`LavishAdapter` in evaluation: what only scales and shifts is part of the two products or of LN_after.
-
-    LN_before's weights and BN1 go into down, BN2 into up; the outer gate into LN_after's weights, or, without LN_after,
-    into up.
-    """
-
-    def __init__(self, adapter: LavishAdapter) -> None:
-        super().__init__()
-        self.path = adapter.path
-        self.eps = [norm.eps if norm is not None else None for norm in (adapter.ln_before, adapter.ln_after)]
-        width, bottleneck = len(adapter.up), len(adapter.down)
-        down, up = adapter.down.double(), adapter.up.double()
-        down_bias, up_bias = down.new_zeros(bottleneck), up.new_zeros(width)
-        gate = 1.0 if adapter.gate is None else adapter.gate.double()
-        if adapter.ln_before is not None:
-            groups = width // down.shape[1]
-            rows = bottleneck // groups
-            scale, shift = (
-                p.double().view(groups, 1, -1).expand(-1, rows, -1).reshape(bottleneck, -1)
-                for p in (adapter.ln_before.weight, adapter.ln_before.bias)
-            )
-            down_bias = (down * shift).sum(1)
-            down = down * scale
-        down, down_bias = _fold_batch_norm(adapter.bn1, down, down_bias)
-        up, up_bias = _fold_batch_norm(adapter.bn2, up, up_bias)
-        ln_weight = ln_bias = None
-        if adapter.ln_after is not None:
-            ln_weight, ln_bias = adapter.ln_after.weight * gate, adapter.ln_after.bias * gate
-        else:
-            up, up_bias = up * gate, up_bias * gate
-        tensors = {"down": down, "down_bias": down_bias, "up": up, "up_bias": up_bias}
-        tensors |= {"ln_weight": ln_weight, "ln_bias": ln_bias, "latents": adapter.latents, "gate_av": adapter.gate_av}
-        for name, tensor in tensors.items():
-            self.register_buffer(name, None if tensor is None else tensor.detach().to(adapter.down.dtype))
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        """x (n, N, C), other (n, M, C) -> (n, N, C)."""
-        if self.latents is not None:
-            summary = ops.gather_latents(self.latents, other, path=self.path)
-            x = reference.read_latents(x, summary, self.gate_av)
-        if self.eps[0] is not None:
-            x = F.layer_norm(x, x.shape[-1:], eps=self.eps[0])
-        z = F.relu(reference.grouped_linear(x, self.down) + self.down_bias)
-        z = reference.grouped_linear(z, self.up) + self.up_bias
-        return z if self.ln_weight is None else F.layer_norm(z, z.shape[-1:], self.ln_weight, self.ln_bias, self.eps[1])
-
-
-def _fold_batch_norm(norm: nn.BatchNorm1d | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    if norm is None:
-        return weight, bias
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return weight * scale[:, None], (bias - norm.running_mean.double()) * scale + norm.bias.double()
-
-
 class Linear(nn.Module):
     """A frozen linear layer, with GELU behind it if asked for; x (..., C) -> (..., D)."""
 
@@ -127,35 +72,121 @@ class Attention(nn.Module):
         return ops.window_attention(qkv, *constants, window=self.window, shift=self.shift, path=self.path)
 
 
-class Step(nn.Module):
-    """What follows a frozen branch: its post-norm, the adapters and the residual sums, all streams in one batch."""
+_FOLDED = "expected adapters as they were trained, got folded ones"
 
-    def __init__(self, norm: nn.LayerNorm, adapters: list[nn.Module], path: str) -> None:
+
+class Step(nn.Module):
+    """What follows a frozen branch: its post-norm, the adapters and the residual sums, all streams at once."""
+
+    def __init__(self, norm: nn.LayerNorm, adapters: list[LavishAdapter], path: str) -> None:
         super().__init__()
         self.norm, self.adapters, self.path = norm, nn.ModuleList(adapters), path
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        """x, branch (streams * n, N, C) -> the same."""
+        """x, branch (streams, n, N, C) -> the same."""
         if not self.adapters:
             return x + self.norm(branch)
-        xs, branches = (t.chunk(len(self.adapters)) for t in (x, branch))
-        out = ops.adapter(xs, branches, self.adapters, self.norm, nn.Identity(), path=self.path)
-        return out.flatten(0, 1) if isinstance(out, Tensor) else torch.cat(out)
+        out = ops.adapter(x.unbind(), branch.unbind(), self.adapters, self.norm, nn.Identity(), path=self.path)
+        return out if isinstance(out, Tensor) else torch.stack(out)
+
+
+class FoldedStep(nn.Module):
+    """`Step` without a kernel: one product for the adapters of all streams, with what only scales and shifts in it.
+
+    LN_before's weights and BN1 go into down, BN2 into up; the outer gate into LN_after's weights, or, without LN_after,
+    into up.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, adapters: list[LavishAdapter], path: str) -> None:
+        super().__init__()
+        self.norm, self.path = norm, path
+        first = adapters[0]
+        self.eps = [None if ln is None else ln.eps for ln in (first.ln_before, first.ln_after)]
+        self.groups = len(first.up) // first.down.shape[1]
+        folded = [_fold(adapter, self.groups) for adapter in adapters]
+        for name, tensor in folded[0].items():
+            stacked = tensor if tensor is None else torch.stack([tensors[name] for tensors in folded])
+            self.register_buffer(name, None if stacked is None else stacked.detach().to(first.down.dtype))
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x, branch (streams, n, N, C) -> the same."""
+        z = x
+        ops.choose("adapter", self.path, x[0], self.down.shape[1], lambda: [_FOLDED])
+        if self.latents is not None:
+            # Each stream is gathered from by the latents of the other.
+            summary = reference.gather_latents(self.latents.flip(0), z).flip(0)
+            z = reference.read_latents(z, summary, self.gate_av)
+        if self.eps[0] is not None:
+            z = F.layer_norm(z, z.shape[-1:], eps=self.eps[0])
+        z = F.relu(self._product(z, self.down) + self.down_bias)
+        z = self._product(z, self.up) + self.up_bias
+        if self.eps[1] is not None:
+            z = F.layer_norm(z, z.shape[-1:], eps=self.eps[1]) * self.ln_weight + self.ln_bias
+        return x + self.norm(branch) + z
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (streams, n, N, C), weight (streams, D, C / groups) -> (streams, n, N, D)."""
+        rows = x.unflatten(-1, (self.groups, -1)).flatten(1, 2).transpose(1, 2)  # (streams, groups, n N, C / groups)
+        out = rows @ weight.unflatten(1, (self.groups, -1)).mT
+        return out.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3])
+
+
+def _fold(adapter: LavishAdapter, groups: int) -> dict[str, Tensor | None]:
+    """What `FoldedStep` computes with: the products' weights, the rest shaped to go with (n, N, C)."""
+    down, up = adapter.down.double(), adapter.up.double()
+    down_bias, up_bias = down.new_zeros(len(down)), up.new_zeros(len(up))
+    gate = 1.0 if adapter.gate is None else adapter.gate.double()
+    if adapter.ln_before is not None:
+        scale, shift = (
+            p.double().view(groups, 1, -1).expand(-1, len(down) // groups, -1).reshape(down.shape)
+            for p in (adapter.ln_before.weight, adapter.ln_before.bias)
+        )
+        down, down_bias = down * scale, (down * shift).sum(1)
+    down, down_bias = _fold_batch_norm(adapter.bn1, down, down_bias)
+    up, up_bias = _fold_batch_norm(adapter.bn2, up, up_bias)
+    ln_weight = ln_bias = None
+    if adapter.ln_after is not None:
+        ln_weight, ln_bias = (p.double()[None, None] * gate for p in (adapter.ln_after.weight, adapter.ln_after.bias))
+    else:
+        up, up_bias = up * gate, up_bias * gate
+    return {
+        "latents": None if adapter.latents is None else adapter.latents[None],
+        "gate_av": None if adapter.latents is None else adapter.gate_av[None, None],
+        "down": down,
+        "down_bias": down_bias[None, None],
+        "up": up,
+        "up_bias": up_bias[None, None],
+        "ln_weight": ln_weight,
+        "ln_bias": ln_bias,
+    }
+
+
+def _fold_batch_norm(norm: nn.BatchNorm1d | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    if norm is None:
+        return weight, bias
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return weight * scale[:, None], (bias - norm.running_mean.double()) * scale + norm.bias.double()
 
 
 class Block(nn.Module):
     """A frozen block with its adapters, on all streams as one batch (streams * n, N, C), audio first."""
 
-    def __init__(self, enter: nn.Module, attention: Attention, linears: dict[str, Linear], steps: list[Step]) -> None:
+    def __init__(
+        self, enter: nn.Module, attention: Attention, linears: dict[str, Linear], steps: list[Step], streams: int
+    ) -> None:
         super().__init__()
         self.enter, self.attention = enter, attention
         self.qkv, self.proj, self.fc1, self.fc2 = (linears[name] for name in ("qkv", "proj", "fc1", "fc2"))
         self.p1, self.p2 = steps
+        self.streams = streams
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
-        x = self.p1(x, self.proj(self.attention(self.qkv(x))))
-        return self.p2(x, self.fc2(self.fc1(x)))
+        x = self._after(self.p1, x, self.proj(self.attention(self.qkv(x))))
+        return self._after(self.p2, x, self.fc2(self.fc1(x)))
+
+    def _after(self, step: Step, x: Tensor, branch: Tensor) -> Tensor:
+        return step(*(t.unflatten(0, (self.streams, -1)) for t in (x, branch))).flatten(0, 1)
 
 
 class Inference(nn.Module):
@@ -210,12 +241,13 @@ class Inference(nn.Module):
             linears["fc2"] = linear(frozen.mlp.fc2.weight, frozen.mlp.fc2.bias)
             steps = []
             for place in PLACES:
-                mine = [own(FoldedAdapter(a) if fold else a) for a in adapters.at(place)]
-                for adapter in mine:
+                mine = adapters.at(place)
+                step = own((FoldedStep if fold and mine else Step)(frozen.norm(place), mine, path))
+                for adapter in getattr(step, "adapters", ()):
                     adapter.path = path
-                steps.append(Step(own(frozen.norm(place)), mine, path))
+                steps.append(step)
             constants = Attention(copy.deepcopy(frozen.attn), attention or path)
-            blocks.append(Block(entrance(i), constants, linears, steps))
+            blocks.append(Block(entrance(i), constants, linears, steps, len(self.config.streams)))
         self.embed, self.blocks = own(backbone.patch_embed), nn.ModuleList(blocks)
         self.norm, self.head = own(backbone.norm), own(model.head)
         self.eval()

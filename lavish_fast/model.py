@@ -82,8 +82,7 @@ class Model(nn.Module):
         first = self.config.adapter.first_block
         for i, block in enumerate(self.backbone.blocks[first:], first):
             xs = [self.backbone.enter(i, x) for x in xs]
-            for place in PLACES:
-                xs = self.adapters[i - first](block, place, xs, [block.branch(place, x) for x in xs])
+            xs = self.adapters[i - first](block, xs)
         pooled = [self.backbone.pool(x) for x in xs]
         return torch.cat(pooled if self.config.backbone.kind == "vit" else pooled[::-1], -1)
 

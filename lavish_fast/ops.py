@@ -182,8 +182,6 @@ def _reasons(kernel, *arguments) -> list[str]:
 
 def _adapter_reasons(xs, branches, adapters, norm, drop_path) -> list[str]:
     """Why the kernels of a fused adapter cannot take these."""
-    if not all(hasattr(adapter, "bn1") for adapter in adapters):
-        return ["expected adapters as they were trained, got folded ones"]
     if adapter_kernel is None:
         return _checks.reasons()
     found = []

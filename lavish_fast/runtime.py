@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lavish_fast import ops
-from lavish_fast.backbones import PLACES
+from lavish_fast.adapter import BlockAdapters
 from lavish_fast.inference import Inference
 from lavish_fast.model import Model, images
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # clips
 _WARM_UPS = 3
-# Of one code object: blocks of every stage, with and without a shift, each static once and then with any batch.
-_RECOMPILE_LIMIT = 64
 
 
 def optimize(
@@ -45,8 +46,8 @@ def optimize(
         dtype: of weights and arithmetic, e.g. torch.bfloat16; that of the model without it. Inputs may be of any
             floating type, the probabilities come in the model's.
         path: of every op: "auto", "fused" (an error where a kernel cannot be had) or "reference".
-        compile: whether the blocks go through torch.compile, at the first call and once more at the first call with
-            another batch size.
+        compile: whether the blocks go through torch.compile, one of each kind and at the first call; the code
+            serves every batch size.
         cuda_graphs: whether calls replay captured CUDA graphs; by default on a CUDA device.
         batch_sizes: in clips of the configuration's seconds, what graphs are captured for, each at its first use; by
             default 1, 2, 4 ... 32. Other batches are padded to the next of them, larger ones are cut.
@@ -71,11 +72,10 @@ def optimize(
         parts = network.blocks if cuda else [p for b in network.blocks for p in (b.attention, b.p1, b.p2)]
     else:
         network = copy.deepcopy(model).to(dtype).eval().requires_grad_(False).set_path(path)
-        parts = network.backbone.blocks
+        parts = network.adapters  # they run the frozen blocks too
     explain(network)  # raises where "fused" cannot be had
     if compile:
-        for part in parts:
-            part.compile()
+        _compile(parts)
     sizes = sorted({size * model.config.frames for size in sizes})
     return Fast(model, network, dtype or parameter.dtype, sizes if cuda and cuda_graphs is not False else None)
 
@@ -102,8 +102,31 @@ class Fast:
         for name, x in streams.items():
             if x.device != self._device:
                 raise ValueError(f"{name}: expected a tensor on {self._device}, got one on {x.device}")
-        with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
-            return self._run(*(x.to(self._dtype) for x in streams.values())).to(self._out_dtype)
+        return self._run(*(x.to(self._dtype) for x in streams.values())).to(self._out_dtype)
+
+
+def _compile(parts: Iterable[nn.Module]) -> None:
+    """Sends the modules' forward through torch.compile: once for all that are alike, for images of any number."""
+    compiled: dict[Any, Callable] = {}
+    for part in parts:
+        tensors = (*part.named_parameters(), *part.named_buffers())
+        kind = type(part), *((name, t.shape, t.dtype) for name, t in tensors)
+        if kind not in compiled:
+            # Dynamo keeps what it compiles with the code object, a handful for each, and past that goes on uncompiled
+            # and says nothing. A copy has room of its own, whatever else the process compiles, and goes with the model.
+            forward = type(part).forward
+            own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
+            own.__defaults__, own.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
+            compiled[kind] = torch.compile(own, dynamic=False)
+        part.forward = partial(_call, compiled[kind], part)
+
+
+def _call(compiled: Callable, part: nn.Module, *arguments: Any) -> Any:
+    """Calls may differ in the number of images alone, n of (..., n, N, C)."""
+    for x in tree_leaves(arguments):
+        if isinstance(x, Tensor):
+            torch._dynamo.maybe_mark_dynamic(x, x.ndim - 3)
+    return compiled(part, *arguments)
 
 
 class Explanation(list):
@@ -160,11 +183,10 @@ def _choices_by_block(network: nn.Module) -> Iterator[list[ops.Choice]]:
     if isinstance(network, Inference):
         for block in network.blocks:
             size, norm = block.attention.size, block.p1.norm
-            x = norm.weight.new_zeros(streams, size * size, len(norm.weight))
+            x = norm.weight.new_zeros(streams, 1, size * size, len(norm.weight))
             with ops.recording() as choices:
-                block.attention.forward(x.repeat(1, 1, 3))
-                for step in (block.p1, block.p2):
-                    step.forward(x, x)
+                for part, given in ((block.attention, [x[0].repeat(1, 1, 3)]), (block.p1, [x, x]), (block.p2, [x, x])):
+                    type(part).forward(part, *given)
             yield choices
         return
     backbone, side = network.backbone, network.config.backbone.img_size
@@ -175,8 +197,7 @@ def _choices_by_block(network: nn.Module) -> Iterator[list[ops.Choice]]:
         for i, (block, adapters) in enumerate(zip(backbone.blocks[first:], network.adapters), first):
             x = backbone.enter(i, x)
             with ops.recording() as choices:
-                for place in PLACES:
-                    adapters(block, place, [x] * streams, [block.branch(place, x)] * streams)
+                BlockAdapters.forward(adapters, block, [x] * streams)
             yield choices
     finally:
         network.train(was)

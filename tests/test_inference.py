@@ -5,12 +5,13 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from kernel_parity import DEVICE, DTYPES
 from lavish_fast import Model, ops
 from lavish_fast.adapter import LavishAdapter
 from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
-from lavish_fast.inference import FoldedAdapter, Inference, Linear, PackedLinear
+from lavish_fast.inference import FoldedStep, Inference, Linear, PackedLinear
 from parity import AVE_GOLDENS, golden, randomise, relative_error, tiny_config, tiny_inputs
 
 SWIN_GOLDENS = [name for name in AVE_GOLDENS if "swin" in name]
@@ -122,8 +123,9 @@ def test_low_precision(options, dtype):
 
 def test_constants_are_folded_in_float64():
     # A product rounded before the last rounding would show: a weight is off by no more than half a unit.
-    adapter = make(torch.bfloat16).adapters[0]["video_p1"]
-    folded = FoldedAdapter(adapter)
+    model = make(torch.bfloat16)
+    adapters = model.adapters[0].at("p1")
+    folded, adapter = FoldedStep(model.backbone.blocks[0].norm1, adapters, "auto"), adapters[1]
     expected = {
         "ln_weight": adapter.ln_after.weight.double() * adapter.gate.double(),
         "ln_bias": adapter.ln_after.bias.double() * adapter.gate.double(),
@@ -131,13 +133,12 @@ def test_constants_are_folded_in_float64():
         * (adapter.bn2.weight.double() / (adapter.bn2.running_var.double() + adapter.bn2.eps).sqrt())[:, None],
     }
     for name, tensor in expected.items():
-        assert torch.equal(getattr(folded, name), tensor.bfloat16()), name
+        assert torch.equal(getattr(folded, name)[1].squeeze(), tensor.bfloat16()), name
 
 
-def test_a_folded_adapter_builds_no_gradient():
-    adapter = randomise(LavishAdapter(16, AdapterConfig(reduction=4)))
-    folded = FoldedAdapter(adapter)
-    assert not list(folded.parameters())
+def test_folded_weights_take_no_gradient():
+    folded = FoldedStep(nn.LayerNorm(16), [randomise(LavishAdapter(16, AdapterConfig(reduction=4)))], "auto")
+    assert {name for name, _ in folded.named_parameters()} == {"norm.weight", "norm.bias"}
     assert not any(buffer.requires_grad for buffer in folded.buffers())
 
 
@@ -146,8 +147,8 @@ def test_fold_leaves_no_norm_before_a_product():
         [
             type(module).__name__
             for block in Inference(make(), fold=fold).blocks
-            for module in block.p1.adapters.modules()
-            if "Norm" in type(module).__name__
+            for module in block.p1.modules()
+            if "Norm" in type(module).__name__ and module is not block.p1.norm
         ]
         for fold in (True, False)
     ]
@@ -294,8 +295,7 @@ def test_fused_blocks_compile_without_a_graph_break(kind):
         if kind == "inference":
             return block(x)
         frozen, adapters = model.backbone.blocks[1], model.adapters[1]
-        xs = x.chunk(2)
-        return torch.cat([*adapters(frozen, "p1", xs, [frozen.branch("p1", x) for x in xs])])
+        return torch.cat([*adapters(frozen, x.chunk(2))])
 
     model.set_path("fused")
     torch.compiler.reset()
