@@ -42,3 +42,19 @@ def reasons(*tensors: Tensor | None, same_dtype: Sequence[Tensor] = ()) -> list[
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         found.append("expected evaluation without gradients, got tensors that require them")
     return found
+
+
+def misfits(expected: Sequence[tuple[str, Tensor, tuple[int, ...]]]) -> list[str]:
+    """What is wrong with the type, shape or layout of tensors, given each with its name and the shape it should have.
+
+    The last dimension must be contiguous, and a parameter (of two dimensions or fewer) as a whole.
+    """
+    found = []
+    for name, t, shape in expected:
+        if t.dtype not in DTYPES:
+            found.append(f"expected {name} of float32, float16 or bfloat16, got {t.dtype}")
+        if tuple(t.shape) != shape:
+            found.append(f"expected {name} of shape {shape}, got {tuple(t.shape)}")
+        elif t.stride(-1) != 1 or (t.ndim < 3 and not t.is_contiguous()):
+            found.append(f"expected {name} with its last dimension contiguous, got strides {t.stride()}")
+    return found

@@ -28,119 +28,24 @@ and to a multiple of BLOCK_D.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from lavish_fast.kernels import _checks, _launch, _tuning
+from lavish_fast.kernels._tiles import (
+    BatchNorm,
+    Norm,
+    across_lanes,
+    batch_norm,
+    gate_of,
+    layer_norm,
+    row,
+    token_rows,
+    welford,
+)
+from lavish_fast.kernels._weights import NORMS, Eps, Weights, mismatches, tensors, unflattened
 from torch import Tensor
-
-
-class Norm(NamedTuple):
-    """A LayerNorm's parameters, (C,) each."""
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-class BatchNorm(NamedTuple):
-    """A BatchNorm's buffers and parameters, (C,) or (D,) each; a bias alone where it is folded into its product."""
-
-    mean: Tensor | None = None
-    variance: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-class Weights(NamedTuple):
-    """One stream's adapter; gates (1,), down (D, C / G), up (C, D / G)."""
-
-    gate_av: Tensor | None
-    ln_before: Norm | None
-    down: Tensor
-    bn1: BatchNorm | None
-    up: Tensor
-    bn2: BatchNorm | None
-    ln_after: Norm | None
-    gate: Tensor | None
-
-
-class Eps(NamedTuple):
-    """What each norm adds to its variance; the kernel gets None where there is no such norm."""
-
-    ln_before: float | None
-    bn1: float | None
-    bn2: float | None
-    ln_after: float | None
-    post_norm: float | None
-
-
-_NORMS = {"ln_before": Norm, "bn1": BatchNorm, "bn2": BatchNorm, "ln_after": Norm}  # in the order of Eps
-
-
-@triton.jit
-def _token_rows(ptrs, strides, stream, image, offs_n, STREAMS: tl.constexpr):
-    """Pointers to the rows of these tokens, (BLOCK_N, 1), in the program's stream and image."""
-    ptr = tl.where(stream == 0, ptrs[0], ptrs[STREAMS - 1])
-    stride_n = tl.where(stream == 0, strides[0][0], strides[STREAMS - 1][0])
-    stride_t = tl.where(stream == 0, strides[0][1], strides[STREAMS - 1][1])
-    return ptr + image * stride_n + offs_n.to(tl.int64)[:, None] * stride_t
-
-
-@triton.jit
-def _gate(ptr):
-    if ptr is None:
-        return 1.0
-    else:
-        return tl.load(ptr).to(tl.float32)
-
-
-@triton.jit
-def _row(ptr, offs, mask, other=0.0):
-    return tl.load(ptr + offs, mask=mask, other=other).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _welford(mean, m2, x, start, END: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Every lane's mean and sum of squared deviations, over one more chunk, which begins at channel `start`."""
-    delta = x - mean
-    if END % BLOCK_C:
-        delta = tl.where((start + tl.arange(0, BLOCK_C) < END)[None, :], delta, 0.0)
-    mean += delta * (BLOCK_C / (start + BLOCK_C))
-    return mean, m2 + delta * (x - mean)
-
-
-@triton.jit
-def _across_lanes(mean, m2, END: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Those of each row, from those of its lanes, which have seen `count` channels each (Chan et al.)."""
-    count = ((END + BLOCK_C - 1 - tl.arange(0, BLOCK_C)) // BLOCK_C).to(tl.float32)[None, :]
-    row_mean = tl.sum(mean * count, 1) / END
-    delta = mean - row_mean[:, None]
-    return row_mean, tl.sum(m2 + delta * delta * count, 1)
-
-
-@triton.jit
-def _layer_norm(x, mean, m2, norm, EPS: tl.constexpr, C: tl.constexpr, offs, mask):
-    x = (x - mean[:, None]) * tl.rsqrt(m2 / C + EPS)[:, None]
-    if norm.weight is not None:
-        x *= _row(norm.weight, offs, mask)
-    if norm.bias is not None:
-        x += _row(norm.bias, offs, mask)
-    return x
-
-
-@triton.jit
-def _batch_norm(x, norm, EPS: tl.constexpr, offs, mask):
-    if norm.mean is not None:
-        scale = tl.rsqrt(_row(norm.variance, offs, mask, other=1.0) + EPS)
-        if norm.weight is not None:
-            scale *= _row(norm.weight, offs, mask)
-        x = x * scale - scale * _row(norm.mean, offs, mask)
-    if norm.bias is not None:
-        x += _row(norm.bias, offs, mask)
-    return x
 
 
 @triton.jit
@@ -152,7 +57,7 @@ def _up(hidden, g, w, EPS: tl.constexpr, offs, mask_c, D_G: tl.constexpr, BLOCK_
         mask = mask_c[:, None] & (offs_d < D_G)[None, :]
         up = tl.load(w.up + offs[:, None] * D_G + offs_d[None, :], mask=mask, other=0.0)
         z = tl.dot(hidden[g * PARTS + part], up.T, z, input_precision="ieee")
-    return _batch_norm(z, w.bn2, EPS.bn2, offs, mask_c)
+    return batch_norm(z, w.bn2, EPS.bn2, offs, mask_c)
 
 
 @triton.jit(do_not_specialize=["images"])
@@ -198,12 +103,12 @@ def _adapter_fwd(
     w = weights[0]
     if stream == 1:
         w = weights[STREAMS - 1]
-    gate_av = tl.where(stream == 0, _gate(gates_av[0]), _gate(gates_av[STREAMS - 1]))
-    gate = tl.where(stream == 0, _gate(gates[0]), _gate(gates[STREAMS - 1]))
+    gate_av = tl.where(stream == 0, gate_of(gates_av[0]), gate_of(gates_av[STREAMS - 1]))
+    gate = tl.where(stream == 0, gate_of(gates[0]), gate_of(gates[STREAMS - 1]))
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = (offs_n < N)[:, None]
-    x_rows = _token_rows(xs, x_strides, stream, image, offs_n, STREAMS)
-    branch_rows = _token_rows(branches, branch_strides, stream, image, offs_n, STREAMS)
+    x_rows = token_rows(xs, x_strides, stream, image, offs_n, STREAMS)
+    branch_rows = token_rows(branches, branch_strides, stream, image, offs_n, STREAMS)
     out_rows = out_ptr + ((stream * images + image) * N + offs_n)[:, None] * C
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = (offs_m < M)[:, None]
@@ -219,21 +124,21 @@ def _adapter_fwd(
         offs_c = start + tl.arange(0, BLOCK_C)[None, :]
         mask = mask_n & (offs_c < C)
         x = tl.load(x_rows + offs_c, mask=mask, other=0.0)
-        x_mean, _ = _welford(x_mean, 0.0, x.to(tl.float32), start, C, BLOCK_C)
+        x_mean, _ = welford(x_mean, 0.0, x.to(tl.float32), start, C, BLOCK_C)
         if summaries_ptr is not None:
             s = tl.load(s_rows + offs_c, mask=mask_m & (offs_c < C), other=0.0)
-            s_mean, _ = _welford(s_mean, 0.0, s.to(tl.float32), start, C, BLOCK_C)
+            s_mean, _ = welford(s_mean, 0.0, s.to(tl.float32), start, C, BLOCK_C)
             logits = tl.dot(x, s.T, logits, input_precision="ieee")
         if EPS.post_norm is not None:
             b = tl.load(branch_rows + offs_c, mask=mask, other=0.0).to(tl.float32)
-            b_mean, b_m2 = _welford(b_mean, b_m2, b, start, C, BLOCK_C)
-    mean, _ = _across_lanes(x_mean, 0.0, C, BLOCK_C)
-    b_mean, b_m2 = _across_lanes(b_mean, b_m2, C, BLOCK_C)
+            b_mean, b_m2 = welford(b_mean, b_m2, b, start, C, BLOCK_C)
+    mean, _ = across_lanes(x_mean, 0.0, C, BLOCK_C)
+    b_mean, b_m2 = across_lanes(b_mean, b_m2, C, BLOCK_C)
     if summaries_ptr is not None:
         logits = tl.where((offs_m < M)[None, :], logits, float("-inf"))
         p = tl.exp(logits - tl.max(logits, 1)[:, None])
         p = (p / tl.sum(p, 1)[:, None]).to(dtype)
-        s_mean, _ = _across_lanes(s_mean, 0.0, C, BLOCK_C)
+        s_mean, _ = across_lanes(s_mean, 0.0, C, BLOCK_C)
         mean += gate_av * tl.sum(p.to(tl.float32) * s_mean[None, :], 1)
 
     # 2. All groups' products stay until the factor of each token is known.
@@ -256,7 +161,7 @@ def _adapter_fwd(
                 x = tl.where(mask_c[None, :], x - mean[:, None], 0.0)
                 squares += x * x
                 if w.ln_before.weight is not None:
-                    x *= _row(w.ln_before.weight, offs, mask_c)
+                    x *= row(w.ln_before.weight, offs, mask_c)
             x = x.to(dtype)
             h_next, shift_next = (), ()
             for part in tl.static_range(PARTS):
@@ -265,7 +170,7 @@ def _adapter_fwd(
                 down = tl.load(w.down + (g * D_G + offs_d)[:, None] * C_G + offs_c[None, :], mask=mask, other=0.0)
                 h_next += (tl.dot(x, down.T, h[part], input_precision="ieee"),)
                 if w.ln_before.bias is not None:
-                    shift_next += (shift[part] + tl.sum(down * _row(w.ln_before.bias, offs, mask_c), 1),)
+                    shift_next += (shift[part] + tl.sum(down * row(w.ln_before.bias, offs, mask_c), 1),)
                 else:
                     shift_next += (shift[part],)
             h, shift = h_next, shift_next
@@ -278,7 +183,7 @@ def _adapter_fwd(
         h = products[part]
         if EPS.ln_before is not None:
             h = h * tl.rsqrt(tl.sum(squares, 1) / C + EPS.ln_before)[:, None] + shifts[part][None, :]
-        h = _batch_norm(h, w.bn1, EPS.bn1, part // PARTS * D_G + offs_d, offs_d < D_G)
+        h = batch_norm(h, w.bn1, EPS.bn1, part // PARTS * D_G + offs_d, offs_d < D_G)
         hidden += (tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype),)
 
     # 3. The statistics of z, each group's merged with those before it.
@@ -290,8 +195,8 @@ def _adapter_fwd(
             for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
                 offs_c = start + tl.arange(0, BLOCK_C)
                 z = _up(hidden, g, w, EPS, g * C_G + offs_c, offs_c < C_G, D_G, BLOCK_D, PARTS)
-                z_mean, z_m2 = _welford(z_mean, z_m2, z, start, C_G, BLOCK_C)
-            z_mean, z_m2 = _across_lanes(z_mean, z_m2, C_G, BLOCK_C)
+                z_mean, z_m2 = welford(z_mean, z_m2, z, start, C_G, BLOCK_C)
+            z_mean, z_m2 = across_lanes(z_mean, z_m2, C_G, BLOCK_C)
             delta = z_mean - mean
             mean += delta / (g + 1)
             m2 += z_m2 + delta * delta * (C_G * g / (g + 1))
@@ -306,10 +211,10 @@ def _adapter_fwd(
             x = tl.load(x_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)
             b = tl.load(branch_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)
             if EPS.post_norm is not None:
-                b = _layer_norm(b, b_mean, b_m2, post_norm, EPS.post_norm, C, offs, mask_c)
+                b = layer_norm(b, b_mean, b_m2, post_norm, EPS.post_norm, C, offs, mask_c)
             z = _up(hidden, g, w, EPS, offs, mask_c, D_G, BLOCK_D, PARTS)
             if EPS.ln_after is not None:
-                z = _layer_norm(z, mean, m2, w.ln_after, EPS.ln_after, C, offs, mask_c)
+                z = layer_norm(z, mean, m2, w.ln_after, EPS.ln_after, C, offs, mask_c)
             tl.store(out_rows + offs[None, :], (x + b + gate * z).to(dtype), mask=mask)
 
 
@@ -327,13 +232,13 @@ def launches(
     streams, n, N, C = out.shape
     D, channels = weights[0].down.shape
     latents = 0 if summaries is None else summaries.shape[2]
-    norms = *(getattr(weights[0], name) for name in _NORMS), post_norm
+    norms = *(getattr(weights[0], name) for name in NORMS), post_norm
     constants, _ = _tuning.row("adapter", architecture, out.dtype, D)
     for name, size in {"BLOCK_N": N, "BLOCK_C": channels, "BLOCK_D": D * channels // C}.items():
         constants[name] = min(constants[name], _block(size))
     constants |= {"BLOCK_M": _block(latents), "C": C, "D": D, "M": latents, "GROUPS": C // channels, "STREAMS": streams}
     constants["EPS"] = Eps(*(None if norm is None else value for norm, value in zip(norms, eps)))
-    filled = [w._replace(**{name: getattr(w, name) or kind() for name, kind in _NORMS.items()}) for w in weights]
+    filled = [w._replace(**{name: getattr(w, name) or kind() for name, kind in NORMS.items()}) for w in weights]
     args = (
         out,
         tuple(xs),
@@ -369,7 +274,7 @@ def reasons(
 ) -> list[str]:
     """Why the kernel cannot take these tensors; an empty list when it can."""
     streams = [*xs, *branches, *([] if summaries is None else [summaries])]
-    parameters = {f"weights[{i}].{name}": t for i, w in enumerate(weights) for name, t in _tensors(w)}
+    parameters = {f"weights[{i}].{name}": t for i, w in enumerate(weights) for name, t in tensors(w)}
     parameters |= {f"post_norm.{name}": t for name, t in (post_norm or Norm())._asdict().items()}
     parameters = {name: t for name, t in parameters.items() if t is not None}
     products = [product for w in weights for product in (w.down, w.up)]
@@ -394,12 +299,7 @@ def reasons(
         found.append(f"expected 1 to 64 latents, got {latents}")
     if summaries is not None and any(w.gate_av is None for w in weights):
         found.append("expected gate_av beside summaries, got none")
-    absent = [[getattr(w, name) is None for name in _NORMS] for w in weights]
-    absent = [a + [t is None for name, t in _tensors(w) if "." in name] for a, w in zip(absent, weights)]
-    if absent[0] != absent[-1]:
-        found.append("expected the same norms in both streams, got others")
-    if any(norm and (norm.mean is None) != (norm.variance is None) for w in weights for norm in (w.bn1, w.bn2)):
-        found.append("expected mean and variance of a BatchNorm, got one of them")
+    found += mismatches(weights)
 
     shapes = {"down": (D, channels), "up": (C, D // groups), "bn1": (D,), "gate_av": (1,), "gate": (1,)}
     expected = [
@@ -407,14 +307,7 @@ def reasons(
     ]
     expected += [] if summaries is None else [("summaries", summaries, (len(xs), n, latents, C))]
     expected += [(name, t, shapes.get(name.split(".")[1], (C,))) for name, t in parameters.items()]
-    for name, t, shape in expected:
-        if t.dtype not in _checks.DTYPES:
-            found.append(f"expected {name} of float32, float16 or bfloat16, got {t.dtype}")
-        if tuple(t.shape) != shape:
-            found.append(f"expected {name} of shape {shape}, got {tuple(t.shape)}")
-        elif t.stride(-1) != 1 or (t.ndim < 3 and not t.is_contiguous()):
-            found.append(f"expected {name} with its last dimension contiguous, got strides {t.stride()}")
-    return found
+    return found + _checks.misfits(expected)
 
 
 def adapter(
@@ -440,8 +333,8 @@ def adapter(
     # Here, and not in the custom op, which is called with gradients off.
     if found := reasons(xs, branches, summaries, weights, post_norm):
         raise ValueError("adapter: " + "; ".join(found))
-    flat = [t for w in weights for _, t in _tensors(w)]
-    present = [getattr(w, name) is not None for w in weights for name in _NORMS] + [post_norm is not None]
+    flat = [t for w in weights for _, t in tensors(w)]
+    present = [getattr(w, name) is not None for w in weights for name in NORMS] + [post_norm is not None]
     return _adapter(list(xs), list(branches), summaries, flat, list(post_norm or Norm()), present, list(eps))
 
 
@@ -455,8 +348,8 @@ def _adapter(
     present: list[bool],
     eps: list[float],
 ) -> Tensor:
-    tensors, there = iter(weights), iter(present)
-    streams = [_unflattened(tensors, there) for _ in range(len(present) // len(_NORMS))]
+    flat, there = iter(weights), iter(present)
+    streams = [unflattened(flat, there) for _ in range(len(present) // len(NORMS))]
     norm = Norm(*post_norm) if next(there) else None
     out = xs[0].new_empty(len(xs), *xs[0].shape)
     architecture = _launch.architecture(out.device)
@@ -467,27 +360,6 @@ def _adapter(
 @_adapter.register_fake
 def _(xs, branches, summaries, weights, post_norm, present, eps):
     return xs[0].new_empty(len(xs), *xs[0].shape)
-
-
-def _tensors(w: Weights) -> Iterator[tuple[str, Tensor | None]]:
-    """What one stream has, flat and by name, absent norms included."""
-    for name in Weights._fields:
-        if name in _NORMS:
-            norm = getattr(w, name) or _NORMS[name]()
-            yield from ((f"{name}.{part}", getattr(norm, part)) for part in norm._fields)
-        else:
-            yield name, getattr(w, name)
-
-
-def _unflattened(tensors: Iterator[Tensor | None], present: Iterator[bool]) -> Weights:
-    fields = {}
-    for name in Weights._fields:
-        if name in _NORMS:
-            norm = _NORMS[name](*islice(tensors, len(_NORMS[name]._fields)))
-            fields[name] = norm if next(present) else None
-        else:
-            fields[name] = next(tensors)
-    return Weights(**fields)
 
 
 def builds(architecture: int) -> Iterator[tuple[str, list[_launch.Launch]]]:
@@ -517,20 +389,12 @@ def _build(
 
     n, N, D = 20, 110592 // width, width // reduction
     layer_norm, batch_norm = Norm(empty(width), empty(width)), lambda size: BatchNorm(*(empty(size) for _ in range(4)))
-    w = Weights(
-        empty(1),
-        layer_norm,
-        empty(D, width // groups),
-        batch_norm(D),
-        empty(width, D // groups),
-        batch_norm(width),
-        layer_norm,
-        empty(1),
-    )
+    down, up, gate = empty(D, width // groups), empty(width, D // groups), empty(1)
+    w = Weights(gate, layer_norm, down, batch_norm(D), up, batch_norm(width), layer_norm, gate)
     if norms == "folded":
         w = w._replace(ln_before=Norm(), bn1=BatchNorm(bias=empty(D)), bn2=BatchNorm(bias=empty(width)), gate=None)
     elif norms == "none":
-        w = w._replace(**dict.fromkeys(_NORMS))
+        w = w._replace(**dict.fromkeys(NORMS))
         layer_norm = None
     xs = [empty(n, N, width)] * 2
     summaries = empty(2, n, latents, width)

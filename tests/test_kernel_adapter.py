@@ -299,6 +299,17 @@ def test_an_image_of_nan_stays_alone(where):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("name", ["down", "up"])
+def test_a_weight_of_nan_shows(name):
+    # ReLU keeps NaN, as torch's does.
+    step = Step(ln_after=False)
+    inputs = step.inputs()
+    getattr(step.adapters[1], name)[0] = float("nan")
+    out, expected = step.fused(*inputs), step(*inputs)
+    assert 0 < expected.isnan().sum() < expected.numel()
+    assert torch.equal(out.isnan(), expected.isnan())
+
+
 def laid_out(kind: str, x: Tensor) -> Tensor:
     """The same numbers of x (n, N, C) in another layout."""
     n, N, C = x.shape

@@ -1,6 +1,7 @@
 """CUDA graphs and `optimize`. Without a GPU a graph is pretended, so that what surrounds it is tested everywhere."""
 
 import contextlib
+import copy
 import functools
 import gc
 import itertools
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from lavish_fast import Model, explain, optimize
-from lavish_fast.config import SwinV2Config, ViTConfig
+from lavish_fast.config import Config, SwinV2Config, ViTConfig
 from lavish_fast.inference import Inference
 from lavish_fast.runtime import Graphs, capture
 from parity import AVE_GOLDENS, golden, randomise, relative_error, tiny_config, tiny_inputs
@@ -374,6 +375,28 @@ def test_compiled():
         assert relative_error(logits(fast(*given)), logits(expected)) <= 1e-5
     # The attention and, for both places, the step.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.fixture(scope="module")
+def large():
+    """Swin-V2-L with random gates, norms and buffers, one second of audio and video, and its logits in float64."""
+    torch.manual_seed(0)
+    model = randomise(Model(Config.from_preset("ave-swinv2-large", frames=1))).eval()
+    side = model.config.backbone.img_size
+    given = torch.randn(1, 1, side, side), torch.randn(1, 1, 3, side, side)
+    with torch.no_grad():
+        truth = logits(copy.deepcopy(model).double()(*(x.double() for x in given)))
+    return model, given, truth
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swin_v2_large_keeps_its_budget(large, dtype):
+    model, given, truth = large
+    with torch.no_grad():
+        own = relative_error(logits(copy.deepcopy(model).to(dtype)(*(x.to(dtype) for x in given))), truth)
+    error = relative_error(logits(optimize(model, dtype=dtype, compile=False)(*given)), truth)
+    assert 0 < own <= 0.05, "the truth must be another's"
+    assert error <= (1e-5 if dtype == torch.float32 else 2 * own + 4 * torch.finfo(dtype).eps)
 
 
 @pytest.fixture
