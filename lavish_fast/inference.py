@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavish_fast import ops, reference
 from lavish_fast.adapter import LavishAdapter
-from lavish_fast.backbones import PLACES
-from lavish_fast.backbones.swin_v2 import CONSTANTS, WindowAttention
-from lavish_fast.model import Model, images
-
-
-class Linear(nn.Module):
-    """A frozen linear layer, with GELU behind it if asked for; x (..., C) -> (..., D)."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> None:
-        super().__init__()
-        self.gelu = gelu
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, self.weight, self.bias)
-        return F.gelu(x) if self.gelu else x
+from lavish_fast.concatenated import Concatenated, Linear
+from lavish_fast.model import Model
 
 
 class PackedLinear(Linear):
@@ -36,8 +18,8 @@ class PackedLinear(Linear):
     The compiler leaves it as it is: Inductor would take MKL for float32, which is slower on some processors.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> None:
-        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight), bias, gelu)
+    def __init__(self, linear: Linear) -> None:
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(linear.weight), linear.bias, linear.gelu)
 
     @staticmethod
     def takes(weight: Tensor) -> bool:
@@ -57,37 +39,7 @@ class PackedLinear(Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attribute, [], algorithm)
 
 
-class Attention(nn.Module):
-    """`WindowAttention` between its two products, its constants as they are."""
-
-    def __init__(self, frozen: WindowAttention, path: str) -> None:
-        super().__init__()
-        self.size, self.window, self.shift, self.path = frozen.size, frozen.window, frozen.shift, path
-        for name in CONSTANTS:
-            self.register_buffer(name, getattr(frozen, name))
-
-    def forward(self, qkv: Tensor) -> Tensor:
-        """(n, T, 3C) -> (n, T, C)."""
-        constants = (getattr(self, name) for name in CONSTANTS)
-        return ops.window_attention(qkv, *constants, window=self.window, shift=self.shift, path=self.path)
-
-
 _FOLDED = "expected adapters as they were trained, got folded ones"
-
-
-class Step(nn.Module):
-    """What follows a frozen branch: its post-norm, the adapters and the residual sums, all streams at once."""
-
-    def __init__(self, norm: nn.LayerNorm, adapters: list[LavishAdapter], path: str) -> None:
-        super().__init__()
-        self.norm, self.adapters, self.path = norm, nn.ModuleList(adapters), path
-
-    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        """x, branch (streams, n, N, C) -> the same."""
-        if not self.adapters:
-            return x + self.norm(branch)
-        out = ops.adapter(x.unbind(), branch.unbind(), self.adapters, self.norm, nn.Identity(), path=self.path)
-        return out if isinstance(out, Tensor) else torch.stack(out)
 
 
 class FoldedStep(nn.Module):
@@ -168,28 +120,7 @@ def _fold_batch_norm(norm: nn.BatchNorm1d | None, weight: Tensor, bias: Tensor) 
     return weight * scale[:, None], (bias - norm.running_mean.double()) * scale + norm.bias.double()
 
 
-class Block(nn.Module):
-    """A frozen block with its adapters, on all streams as one batch (streams * n, N, C), audio first."""
-
-    def __init__(
-        self, enter: nn.Module, attention: Attention, linears: dict[str, Linear], steps: list[Step], streams: int
-    ) -> None:
-        super().__init__()
-        self.enter, self.attention = enter, attention
-        self.qkv, self.proj, self.fc1, self.fc2 = (linears[name] for name in ("qkv", "proj", "fc1", "fc2"))
-        self.p1, self.p2 = steps
-        self.streams = streams
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        x = self._after(self.p1, x, self.proj(self.attention(self.qkv(x))))
-        return self._after(self.p2, x, self.fc2(self.fc1(x)))
-
-    def _after(self, step: Step, x: Tensor, branch: Tensor) -> Tensor:
-        return step(*(t.unflatten(0, (self.streams, -1)) for t in (x, branch))).flatten(0, 1)
-
-
-class Inference(nn.Module):
+class Inference(Concatenated):
     """The same function as `model` in evaluation, called as it is.
 
     Args:
@@ -212,60 +143,26 @@ class Inference(nn.Module):
         attention: str | None = None,
         pack: bool = False,
     ) -> None:
-        super().__init__()
-        if model.config.backbone.kind != "swinv2":
-            raise ValueError(f"inference: expected a model on a swinv2, got one on a {model.config.backbone.kind}")
-        self.config = model.config
-        backbone = model.backbone
-        self.dtype = dtype or backbone.norm.weight.dtype
+        self.__dict__.update(fold=fold, pack=pack)  # before there is a module
+        super().__init__(model, dtype=dtype, path=path, attention=attention)
 
-        def own(module: nn.Module) -> nn.Module:
-            return copy.deepcopy(module).to(self.dtype).eval().requires_grad_(False)
+    def _trained(self, module: nn.Module) -> nn.Module:
+        return self._frozen(module)
 
-        def linear(weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Linear:
-            weight, bias = (t if t is None else t.detach().to(self.dtype, copy=True) for t in (weight, bias))
-            return (PackedLinear if pack and PackedLinear.takes(weight) else Linear)(weight, bias, gelu)
+    def _linear(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Linear:
+        linear = super()._linear(weight, bias, gelu)
+        return PackedLinear(linear) if self.pack and PackedLinear.takes(linear.weight) else linear
 
-        def entrance(i: int) -> nn.Module:
-            if (merging := backbone.entrance(i)) is None:
-                return nn.Identity()
-            merging = own(merging)
-            merging.reduction = linear(merging.reduction.weight, None)
-            return merging
-
-        blocks, first = [], self.config.adapter.first_block
-        for i, (frozen, adapters) in enumerate(zip(backbone.blocks[first:], model.adapters, strict=True), first):
-            linears = {"qkv": linear(frozen.attn.qkv.weight, frozen.attn.qkv_bias)}
-            linears["proj"] = linear(frozen.attn.proj.weight, frozen.attn.proj.bias)
-            linears["fc1"] = linear(frozen.mlp.fc1.weight, frozen.mlp.fc1.bias, gelu=True)
-            linears["fc2"] = linear(frozen.mlp.fc2.weight, frozen.mlp.fc2.bias)
-            steps = []
-            for place in PLACES:
-                mine = adapters.at(place)
-                step = own((FoldedStep if fold and mine else Step)(frozen.norm(place), mine, path))
-                for adapter in getattr(step, "adapters", ()):
-                    adapter.path = path
-                steps.append(step)
-            constants = Attention(copy.deepcopy(frozen.attn), attention or path)
-            blocks.append(Block(entrance(i), constants, linears, steps, len(self.config.streams)))
-        self.embed, self.blocks = own(backbone.patch_embed), nn.ModuleList(blocks)
-        self.norm, self.head = own(backbone.norm), own(model.head)
-        self.eval()
+    def _step(self, norm: nn.LayerNorm, adapters: list[LavishAdapter], drop_path: nn.Module) -> nn.Module:
+        if self.fold and adapters:
+            return self._frozen(FoldedStep(norm, adapters, self.path))
+        return super()._step(norm, adapters, drop_path)
 
     def train(self, mode: bool = True) -> Inference:
         """Stays in evaluation, so that no BatchNorm takes a batch's own statistics."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, audio: Any, video: Tensor | None = None) -> Tensor:
-        """(B, T, frames, mel bins) or a list that starts with it, (B, T, 3, S, S) -> class probabilities (B * T, K)."""
-        return self.classify(*images(self.config, audio, video).values())
-
-    @torch.no_grad()
     def classify(self, *streams: Tensor) -> Tensor:
         """Images of each stream, (n, 3, S, S), audio first, to class probabilities (n, K)."""
-        x = self.embed(torch.cat(streams).to(self.dtype))
-        for block in self.blocks:
-            x = block(x)
-        # Video first, as in `Model.features`.
-        return self.head(torch.cat(self.norm(x).mean(1).chunk(len(streams))[::-1], -1))
+        return super().classify(*streams)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lavish_fast import ops
 from lavish_fast.adapter import BlockAdapters
+from lavish_fast.concatenated import Concatenated, sharing
 from lavish_fast.inference import Inference
 from lavish_fast.model import Model, images
 
@@ -29,28 +30,35 @@ _WARM_UPS = 3
 def optimize(
     model: Model,
     *,
+    training: bool = False,
     dtype: torch.dtype | None = None,
     path: str = "auto",
     compile: bool = True,
     cuda_graphs: bool | None = None,
     batch_sizes: Sequence[int] | None = None,
-) -> Fast:
-    """The model's fastest form for inference, called as the model is.
+) -> Fast | FastTraining:
+    """The model's fastest form for inference, or for training, called as the model is.
 
     On a Swin-V2 both streams run as one batch through each frozen block, biases are merged and constants made once; on
     a CPU the adapters' norms are folded into their products and the weights are laid out for oneDNN. A ViT keeps its
     order of operations. The model stays as it is, and what is made of it does not follow its later changes.
 
+    For training the adapters and the head have the model's own parameters and buffers, in their type: an optimiser of
+    the one trains the other. What is returned is a module in training mode, for any loop (see `FastTraining`).
+
     Args:
-        model: a trained model, on the device that it is to run on.
+        model: on the device that it is to run on.
+        training: whether it is to be trained.
         dtype: of weights and arithmetic, e.g. torch.bfloat16; that of the model without it. Inputs may be of any
-            floating type, the probabilities come in the model's.
+            floating type, the probabilities come in the model's. In training it is the frozen weights' and the
+            streams', and the trained parameters, where theirs is wider, run under autocast.
         path: of every op: "auto", "fused" (an error where a kernel cannot be had) or "reference".
         compile: whether the blocks go through torch.compile, one of each kind and at the first call; the code
             serves every batch size.
         cuda_graphs: whether calls replay captured CUDA graphs; by default on a CUDA device.
         batch_sizes: in clips of the configuration's seconds, what graphs are captured for, each at its first use; by
-            default 1, 2, 4 ... 32. Other batches are padded to the next of them, larger ones are cut.
+            default 1, 2, 4 ... 32. Other batches are padded to the next of them, larger ones are cut. In training
+            by default the first batch's, and others run without a graph: padding would change BatchNorm's statistics.
 
     Raises: ValueError naming the argument, what was expected and what came.
     """
@@ -65,6 +73,8 @@ def optimize(
     sizes = BATCH_SIZES if batch_sizes is None else tuple(batch_sizes)
     if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
         raise ValueError(f"batch_sizes: expected clips, at least 1 each, got {batch_sizes}")
+    if training:
+        return FastTraining(model, dtype, path, compile, cuda and cuda_graphs is not False, batch_sizes)
     if model.config.backbone.kind == "swinv2":
         # The fused adapter applies the norms as they are; without a card they are folded.
         fold = path == "reference" or (path == "auto" and not cuda)
@@ -103,6 +113,81 @@ class Fast:
             if x.device != self._device:
                 raise ValueError(f"{name}: expected a tensor on {self._device}, got one on {x.device}")
         return self._run(*(x.to(self._dtype) for x in streams.values())).to(self._out_dtype)
+
+
+class FastTraining(nn.Module):
+    """What `optimize` returns for training: a module that shares the model's adapters and head.
+
+    `train()` and `eval()` are its own, not the model's. On CUDA the forward and the backward pass are a graph each,
+    while in training and for the batch sizes that `optimize` says; loss, optimiser, gradient accumulation and scaling
+    stay the loop's. Under DistributedDataParallel or with SyncBatchNorm take `cuda_graphs=False`.
+
+    network: the module that runs.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dtype: torch.dtype | None,
+        path: str,
+        compile: bool,
+        cuda_graphs: bool,
+        batch_sizes: Sequence[int] | None,
+    ) -> None:
+        super().__init__()
+        self.config = model.config
+        self._out_dtype = next(model.parameters()).dtype
+        if model.config.backbone.kind == "swinv2":
+            self.network: nn.Module = Concatenated(model, dtype=dtype, path=path)
+            parts = self.network.blocks
+        else:
+            self.network = sharing(model).set_path(path)
+            parts = self.network.adapters
+            if dtype is not None and dtype != self._out_dtype:
+                raise ValueError(f"dtype: expected {self._out_dtype}, which a ViT is trained in, got {dtype}")
+        explain(self)  # raises where "fused" cannot be had
+        if compile:
+            _compile(parts)
+        self._graphed: dict[int, nn.Module] = {}
+        self._sizes = None if batch_sizes is None else {size * model.config.frames for size in batch_sizes}
+        self._cuda_graphs = cuda_graphs
+        self.train()
+
+    def forward(self, audio: Any, video: Tensor | None = None) -> Tensor:
+        """Class probabilities (B * T, K) of what `Model.forward` takes, on the model's device.
+
+        Raises: ValueError naming the input, what was expected and what came.
+        """
+        streams = images(self.config, audio, video)
+        device = next(self.network.parameters()).device
+        for name, x in streams.items():
+            if x.device != device:
+                raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+        given = tuple(streams.values())
+        return self._choose(given)(*given).to(self._out_dtype)
+
+    def _choose(self, streams: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        if not (self._cuda_graphs and self.training and torch.is_grad_enabled()):
+            return self.network.classify
+        rows = len(streams[0])
+        if self._sizes is None:
+            self._sizes = {rows}
+        if rows in self._sizes and rows not in self._graphed:
+            buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+            graphed = torch.cuda.make_graphed_callables(_Classify(self.network), tuple(x.clone() for x in streams))
+            for buffer, before in buffers:
+                buffer.copy_(before)  # the runs before the capture are no steps
+            self._graphed[rows] = graphed
+        return self._graphed.get(rows, self.network.classify)
+
+
+class _Classify(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *streams: Tensor) -> Tensor:
+        return self.network.classify(*streams)
 
 
 def _compile(parts: Iterable[nn.Module]) -> None:
@@ -149,17 +234,27 @@ class Explanation(list):
     __repr__ = __str__
 
 
-@torch.no_grad()
-def explain(model: Model | Inference | Fast) -> Explanation:
-    """Which path each op of a model takes in inference, why, and which launch constants it uses.
+def explain(model: Model | Concatenated | Fast | FastTraining) -> Explanation:
+    """Which path each op of a model takes, why, and which launch constants it uses.
+
+    In inference, or in training for what `optimize` made for it.
 
     Runs every block's ops on one image of zeros, as they are chosen by the tensors' device, type and shape.
 
     Raises: ValueError where the model asks for "fused" and a kernel cannot be had, with all the reasons.
     """
-    network = model.network if isinstance(model, Fast) else model
+    training = isinstance(model, FastTraining)
+    network = model.network if isinstance(model, (Fast, FastTraining)) else model
+    was, buffers = network.training, [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        with torch.set_grad_enabled(training):
+            found = list(_choices_by_block(network.train(training)))
+    finally:
+        network.train(was)
+        for buffer, before in buffers:
+            buffer.copy_(before)  # zeros are no step of training
     rows: dict[tuple, list[int]] = {}
-    for i, choices in enumerate(_choices_by_block(network)):
+    for i, choices in enumerate(found):
         for choice in choices:
             key = (
                 choice.op,
@@ -180,27 +275,22 @@ def explain(model: Model | Inference | Fast) -> Explanation:
 def _choices_by_block(network: nn.Module) -> Iterator[list[ops.Choice]]:
     """What the ops of each block choose for one image, without what may be compiled."""
     streams, first = len(network.config.streams), network.config.adapter.first_block
-    if isinstance(network, Inference):
+    if isinstance(network, Concatenated):
         for block in network.blocks:
             size, norm = block.attention.size, block.p1.norm
-            x = norm.weight.new_zeros(streams, 1, size * size, len(norm.weight))
-            with ops.recording() as choices:
+            x = norm.weight.new_zeros(streams, 1, size * size, len(norm.weight)).requires_grad_(network.training)
+            with network.arithmetic(), ops.recording() as choices:
                 for part, given in ((block.attention, [x[0].repeat(1, 1, 3)]), (block.p1, [x, x]), (block.p2, [x, x])):
                     type(part).forward(part, *given)
             yield choices
         return
     backbone, side = network.backbone, network.config.backbone.img_size
-    x = backbone.embed(next(network.parameters()).new_zeros(1, 3, side, side))
-    was = network.training
-    network.eval()
-    try:
-        for i, (block, adapters) in enumerate(zip(backbone.blocks[first:], network.adapters), first):
-            x = backbone.enter(i, x)
-            with ops.recording() as choices:
-                BlockAdapters.forward(adapters, block, [x] * streams)
-            yield choices
-    finally:
-        network.train(was)
+    x = backbone.embed(next(network.parameters()).new_zeros(1, 3, side, side)).requires_grad_(network.training)
+    for i, (block, adapters) in enumerate(zip(backbone.blocks[first:], network.adapters), first):
+        x = backbone.enter(i, x)
+        with ops.recording() as choices:
+            BlockAdapters.forward(adapters, block, [x] * streams)
+        yield choices
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -11,7 +11,8 @@ from kernel_parity import DEVICE, DTYPES
 from lavish_fast import Model, ops
 from lavish_fast.adapter import LavishAdapter
 from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
-from lavish_fast.inference import FoldedStep, Inference, Linear, PackedLinear
+from lavish_fast.concatenated import Linear
+from lavish_fast.inference import FoldedStep, Inference, PackedLinear
 from parity import AVE_GOLDENS, golden, randomise, relative_error, tiny_config, tiny_inputs
 
 SWIN_GOLDENS = [name for name in AVE_GOLDENS if "swin" in name]
@@ -359,9 +360,9 @@ def test_packed_linear_is_linear(dtype):
             wide = [t if t is None else t.double() for t in given]
             expected = Linear(*wide, gelu)(x.to(dtype).double())
             for rows in (x, x[:1], x[:0], x[:, ::2]):
-                got = PackedLinear(*given, gelu)(rows.to(dtype))
+                got = PackedLinear(Linear(*given, gelu))(rows.to(dtype))
                 assert got.shape == Linear(*given, gelu)(rows.to(dtype)).shape
-            got = PackedLinear(*given, gelu)(x.to(dtype))
+            got = PackedLinear(Linear(*given, gelu))(x.to(dtype))
             assert relative_error(got, expected) <= (1e-6 if dtype == torch.float32 else 4e-3)
 
 

@@ -1,0 +1,171 @@
+"""Both streams in one batch, in training: the model's losses, gradients, buffers and steps."""
+
+import copy
+
+import pytest
+import torch
+
+from lavish_fast import Model, explain, optimize
+from lavish_fast.concatenated import Concatenated
+from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
+from lavish_fast.tasks import ave
+from parity import randomise, relative_error, tiny_config, tiny_inputs
+
+VIT = ViTConfig(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+
+
+def make(dtype=torch.float32, **changes) -> Model:
+    torch.manual_seed(0)
+    return randomise(Model(tiny_config(**changes))).to(dtype).train()
+
+
+def labels(count=2):
+    return torch.arange(3 * count).view(count, 3) % 3
+
+
+def given(model, count=2, seed=0, dtype=torch.float32):
+    audio, video = tiny_inputs(count, seed=seed, dtype=dtype)
+    return {"audio": (audio,), "video": (None, video)}.get(model.config.modality, (audio, video))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"modality": "video"},
+        {"modality": "audio"},
+        {"backbone": VIT},
+        {"adapter": AdapterConfig(reduction=4, batch_norm=False, ln_after=False)},
+        {"adapter": AdapterConfig(reduction=4, p1=False)},
+        {"adapter": AdapterConfig(reduction=4, cross_modal=False)},
+    ],
+)
+def test_loss_gradients_and_buffers_are_the_models(changes):
+    model = make(torch.float64, **changes)
+    fast = optimize(copy_ := copy.deepcopy(model), training=True, compile=False)
+    for module in (model, fast):
+        loss = ave.loss(module(*given(model, dtype=torch.float64)), labels())
+        loss.backward()
+    for (name, p), (_, q) in zip(model.trainable_parameters(), copy_.trainable_parameters(), strict=True):
+        assert p.grad is not None, name
+        assert relative_error(q.grad, p.grad) <= 1e-9 or (q.grad - p.grad).abs().max() <= 1e-15, name
+    for name, buffer in model.trainable_state_dict().items():
+        torch.testing.assert_close(copy_.trainable_state_dict()[name], buffer, rtol=1e-12, atol=0, msg=name)
+    assert not any(p.grad is not None for p in copy_.backbone.parameters())
+
+
+def steps(module, parameters, count, dtype=torch.float32, **options):
+    """Losses of some steps of Adam, on two batches by turns."""
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, **options)
+    losses = []
+    for step in range(count):
+        audio, video = tiny_inputs(2, seed=step % 2)
+        optimizer.zero_grad()
+        loss = ave.loss(module(audio.to(dtype), video.to(dtype)), labels())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(None, 1e-5), (torch.bfloat16, 2e-2)])
+def test_32_steps(dtype, limit):
+    model = make()
+    other = copy.deepcopy(model)
+    expected = steps(model, [p for _, p in model.trainable_parameters()], 32)
+    fast = optimize(other, training=True, dtype=dtype, compile=False)
+    got = steps(fast, [p for p in fast.parameters() if p.requires_grad], 32, fused=True)
+    assert expected[-1] < 0.9 * expected[0], "it must learn something"
+    assert ((got - expected).abs() / expected).max() <= limit
+    if dtype is None:
+        parameters = zip(model.trainable_parameters(), other.trainable_parameters(), strict=True)
+        errors = {name: relative_error(q, p) for (name, p), (_, q) in parameters}
+        # BN1 takes away what LN_before's bias adds: its gradient is rounding, which Adam makes into whole steps.
+        errors = {name: error for name, error in errors.items() if not name.endswith("ln_before.bias")}
+        assert max(errors.values()) <= 5e-3, errors
+
+
+def test_it_trains_the_model():
+    model = make()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    fast = optimize(model, training=True, compile=False)
+    explain(fast)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "looking changes nothing"
+    trained = {p.data_ptr() for p in fast.parameters() if p.requires_grad}
+    assert trained == {p.data_ptr() for _, p in model.trainable_parameters()}
+    steps(fast, [p for p in fast.parameters() if p.requires_grad], 1)
+    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert {name for name in changed if "running" in name} == {name for name in before if "running" in name}
+    assert not {name for name in changed if name.startswith("backbone.")}
+    fast.eval()
+    assert model.training, "the mode is its own"
+    with torch.no_grad():
+        expected = model.eval()(*given(model))
+    assert relative_error(fast(*given(model)), expected) <= 1e-5
+
+
+def test_drop_path_is_the_configurations():
+    backbone = SwinV2Config(
+        img_size=32, embed_dim=16, depths=(2,), num_heads=(1,), window_size=4, pretrained_window_sizes=(0,),
+        drop_path_rate=0.5,
+    )  # fmt: skip
+    fast = optimize(make(backbone=backbone), training=True, compile=False)
+    one, two = fast(*given(fast)), fast(*given(fast))
+    assert not torch.equal(one, two)
+    assert torch.equal(fast.eval()(*given(fast)), fast(*given(fast)))
+
+
+def test_compiled_training(monkeypatch):
+    def compile(function, **options):
+        return torch._dynamo.optimize("aot_eager", dynamic=options["dynamic"])(function)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    torch.compiler.reset()
+    model = make()
+    other = copy.deepcopy(model)
+    fast = optimize(other, training=True)
+    for count in (2, 3):
+        for module in (model, fast):
+            ave.loss(module(*given(model, count)), labels(count)).backward()
+    for (name, p), (_, q) in zip(model.trainable_parameters(), other.trainable_parameters(), strict=True):
+        assert relative_error(q.grad, p.grad) <= 1e-3 or (q.grad - p.grad).abs().max() <= 1e-7, name
+
+
+def test_explain_says_what_training_takes():
+    rows = explain(optimize(make(), training=True, compile=False))
+    assert {row["op"] for row in rows} == {"window_attention", "adapter", "gather_latents"}
+    assert {row["path"] for row in rows} == {"reference"}
+
+
+def test_bad_calls_are_named():
+    model = make()
+    fast = optimize(model, training=True, compile=False)
+    with pytest.raises(ValueError, match=r"video: expected a floating tensor \(B, T, 3, 32, 32\), got NoneType"):
+        fast(given(model)[0])
+    with pytest.raises(ValueError, match="audio: expected a tensor on cpu, got one on meta"):
+        fast(given(model)[0].to("meta"), given(model)[1])
+    with pytest.raises(
+        ValueError, match=r"dtype: expected torch\.float32, which a ViT is trained in"
+    ):
+        optimize(make(backbone=VIT), training=True, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="concatenated: expected a model on a swinv2, got one on a vit"):
+        Concatenated(make(backbone=VIT))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_graphed_training(dtype):
+    model = make().cuda()
+    other = copy.deepcopy(model)
+    plain = optimize(model, training=True, dtype=dtype, compile=False, cuda_graphs=False)
+    fast = optimize(other, training=True, dtype=dtype, compile=False)
+    inputs = [x.cuda() for x in given(model)]
+    for _ in range(3):
+        for module in (plain, fast):
+            ave.loss(module(*inputs), labels().cuda()).backward()
+    for (name, p), (_, q) in zip(model.trainable_parameters(), other.trainable_parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    for name, buffer in model.trainable_state_dict().items():
+        torch.testing.assert_close(other.trainable_state_dict()[name], buffer, msg=name)
+    assert isinstance(fast(*(x[:1] for x in inputs)), torch.Tensor), "another batch size runs without a graph"
