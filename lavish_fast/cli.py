@@ -326,6 +326,10 @@ def train(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between the checkpoints within an epoch.")
     ] = TrainConfig.save_every,
+    on_nan: Annotated[
+        Literal["skip", "stop"],
+        typer.Option(help="What to do with a step where a clip gives NaN."),
+    ] = TrainConfig.on_nan,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.")] = False,
 ) -> None:
     """Train adapters and head on a data set in AVE's layout.
@@ -353,6 +357,7 @@ def train(
             seed=seed,
             workers=workers,
             save_every=save_every,
+            on_nan=on_nan,
         )
     chosen = _model_config(preset, config)
     chosen = dataclasses.replace(chosen, classes=ave.classes_of(data), modality=modality or chosen.modality)

@@ -360,7 +360,8 @@ class TrainConfig:
     optimiser. lr, head_lr: Adam's learning rates of adapters and head; every `lr_step` epochs, if given, both are
     multiplied by `lr_gamma`. patience: epochs without a better validation accuracy after which training stops.
     amp: "bf16" for autocast to bfloat16. workers: processes that decode. save_every: steps between the checkpoints
-    within an epoch; without it there is one at the end of each epoch.
+    within an epoch; without it there is one at the end of each epoch. on_nan: "skip" for a step without effect where
+    a clip gives probabilities that are not finite, "stop" for the end of the run.
     """
 
     batch_size: int = 2
@@ -375,6 +376,7 @@ class TrainConfig:
     seed: int = 0
     workers: int = 2
     save_every: int | None = None
+    on_nan: str = "skip"
 
     def __post_init__(self) -> None:
         minima = {"batch_size": 1, "epochs": 1, "lr_step": 1, "accumulate": 1, "patience": 1}
@@ -388,5 +390,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         if self.amp not in (None, "bf16"):
             raise ValueError(f"amp: expected None or 'bf16', got {self.amp!r}")
+        if self.on_nan not in ("skip", "stop"):
+            raise ValueError(f"on_nan: expected 'skip' or 'stop', got {self.on_nan!r}")
         if self.seed >= 2**32:
             raise ValueError(f"seed: expected less than 2**32, got {self.seed}")

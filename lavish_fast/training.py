@@ -17,7 +17,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lavish_fast.model import Model
 
 # What may differ when a run is resumed: it decides how long and how fast, not what is computed.
-_FREE = ("epochs", "patience", "workers")
+_FREE = ("epochs", "patience", "workers", "on_nan")
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,21 @@ def fit(
     `config.patience` epochs without a better accuracy. `model` is left as the last step left it.
 
     A micro-batch counts by its segments, so k of them are one batch k times as large, but for BatchNorm. A clip
-    that cannot be read is left out with a warning.
+    that cannot be read is left out with a warning. So is, by default, a step in which a clip gives probabilities that
+    are not finite: parameters, Adam's state and BatchNorm's buffers stay as they were. On a GPU the model runs as
+    `lavish_fast.optimize` makes it for training.
 
     Args:
         train_set, val_set: `ave.AVEDataset`, or anything with its items.
         out: last/ is the state to resume from, best/ the best model; log.jsonl has a line a step and an epoch,
             tensorboard/ the same as curves. Each file is replaced in one move, so a kill leaves the old or the new.
         resume: go on from out/last, also from the middle of an epoch: on a CPU, bit for bit as if never stopped.
-            `epochs`, `patience` and `workers` of the configuration may be changed, nothing else.
+            `epochs`, `patience`, `workers` and `on_nan` of the configuration may be changed, nothing else.
         progress: a running bar to use. Without it there is one on a terminal, and elsewhere a line an epoch.
         device: a GPU where there is one, if not given.
 
-    Raises: ValueError or FileNotFoundError naming what was expected and what came; FloatingPointError naming the
-        clips whose probabilities are not finite, before that step is taken.
+    Raises: ValueError or FileNotFoundError naming what was expected and what came; with `on_nan="stop"`
+        FloatingPointError naming the clips whose probabilities are not finite, before that step is taken.
     """
     out, device = Path(out), _device(device)
     for name, data in (("train set", train_set), ("validation set", val_set)):
@@ -225,7 +227,16 @@ class _Run:
         head = [p for name, p in model.trainable_parameters() if name.startswith("head.")]
         adapters = [p for name, p in model.trainable_parameters() if not name.startswith("head.")]
         self.parameters = adapters + head
-        self.optimizer = torch.optim.Adam([{"params": adapters}, {"params": head}])
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.Adam([{"params": adapters}, {"params": head}], fused=cuda or None)
+        self.network, self.amp = model, config.amp
+        if cuda:
+            from lavish_fast.runtime import optimize
+
+            self.network = optimize(model, training=True, dtype=torch.bfloat16 if config.amp else None)
+            self.amp = None  # it has its own
+        self.buffers = [buffer for name, buffer in model.trainable_state_dict().items() if _is_statistic(name)]
+        self.kept = [buffer.clone() for buffer in self.buffers]  # as they were before the step under way
         self.identity = {
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE},
             "model": model.config.to_dict() | {"backbone_sha256": checkpoint.fingerprint(model.backbone)},
@@ -241,21 +252,33 @@ class _Run:
         # No random state outlives a step, so that there is none to restore.
         _seed(self.config.seed, self.state.steps, self.steps.rank)
         self.optimizer.zero_grad()
+        _copy(self.buffers, self.kept)
         # Sums over segments, divided once their number is known: unreadable clips and short groups change it.
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, segments, clips
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, segments, clips, batches that failed
         for batch in batches:
             self.note(batch.failed)
             if not len(batch):
                 continue
             batch = batch.to(self.device)
-            loss = ave.loss(_probabilities(self.model, batch, self.config.amp), batch.labels) * batch.labels.numel()
+            try:
+                probabilities = _probabilities(self.network, batch, self.amp)
+            except FloatingPointError as error:
+                if self.config.on_nan == "stop":
+                    raise
+                self.note([f"step {self.state.steps + 1}: {error}"])
+                sums[3] += 1
+                continue
+            loss = ave.loss(probabilities, batch.labels) * batch.labels.numel()
             loss.backward()
-            sums += sums.new_tensor([loss.item(), batch.labels.numel(), len(batch)])
+            sums[:3] += sums.new_tensor([loss.item(), batch.labels.numel(), len(batch)])
         if self.steps.world > 1:
             dist.all_reduce(sums)
             self._sum_gradients()
-        loss, segments, clips = sums.tolist()
-        if segments:
+        loss, segments, clips, failed = sums.tolist()
+        if failed:
+            _copy(self.kept, self.buffers)
+            loss = segments = clips = 0
+        elif segments:
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad /= segments
@@ -281,7 +304,7 @@ class _Run:
                     tensor /= self.steps.world
 
     def note(self, failed: Iterable[str]) -> None:
-        """Warns of files that cannot be read, each once."""
+        """Warns of files that cannot be read and of steps that are skipped, each once."""
         for line in failed:
             if line not in self.state.skipped:
                 self.state.skipped.append(line)
@@ -355,6 +378,7 @@ def _train_epoch(run: _Run, loader: DataLoader, log: _Log, bar: Progress) -> flo
     state, config = run.state, run.config
     run.steps.epoch, run.steps.start = state.epoch, state.step
     run.model.train()
+    run.network.train()
     batches = iter(loader)
     task = bar.add_task(f"epoch {state.epoch + 1}/{config.epochs}", total=run.steps.count, completed=state.step)
     clips, start = 0, time.perf_counter()
@@ -371,8 +395,18 @@ def _train_epoch(run: _Run, loader: DataLoader, log: _Log, bar: Progress) -> flo
             run.save()
     bar.remove_task(task)
     if not state.segments:
-        raise ValueError(f"training: expected a clip that can be read, got none of {run.steps.clips}")
+        skipped = f": {state.skipped[0]}" if state.skipped else ""
+        raise ValueError(f"training: expected a clip that can be read, got none of {run.steps.clips}{skipped}")
     return clips / (time.perf_counter() - start)
+
+
+def _copy(tensors: Sequence[Tensor], to: Sequence[Tensor]) -> None:
+    if tensors:
+        torch._foreach_copy_(to, tensors)
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _probabilities(model: nn.Module, batch: ave.Batch, amp: str | None) -> Tensor:
@@ -381,7 +415,10 @@ def _probabilities(model: nn.Module, batch: ave.Batch, amp: str | None) -> Tenso
     # Before the loss: on a GPU, binary cross-entropy of NaN ends the process.
     finite = probabilities.isfinite().all(-1).view(len(batch), -1).all(-1).tolist()
     if not all(finite):
-        names = ", ".join(name for name, fine in zip(batch.ids, finite) if not fine)
+        # BatchNorm spreads one clip's NaN over its batch: where inputs are to blame, only their clips are named.
+        inputs = [x.flatten(1).isfinite().all(1).tolist() for x in (batch.audio, batch.video) if x is not None]
+        good = [all(clip) for clip in zip(*inputs)]
+        names = ", ".join(name for name, fine in zip(batch.ids, finite if all(good) else good) if not fine)
         raise FloatingPointError(f"{names}: expected finite probabilities, got NaN or infinity")
     return probabilities
 

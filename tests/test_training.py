@@ -412,16 +412,38 @@ def test_unreadable_clips_are_reported_and_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_probabilities_name_the_clips_and_take_no_step(tmp_path, value):
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_non_finite_probabilities_name_the_clips_and_take_no_step(tmp_path, value, batch_norm):
     data = make_clips(3)
     data[1]["video"] = torch.full_like(data[1]["video"], value)
-    model = make_model(batch_norm=False)
+    model = make_model(batch_norm=batch_norm)
     before = {name: p.detach().clone() for name, p in model.trainable_parameters()}
     with pytest.raises(FloatingPointError, match=r"^clip0_1: expected finite probabilities"):
-        fit(model, data, data[:1], settings(batch_size=3), tmp_path)
+        fit(model, data, data[:1], settings(batch_size=3, on_nan="stop"), tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in model.trainable_parameters())
     with pytest.raises(FloatingPointError, match="clip0_1"):
         evaluate(model, data)
+
+
+def test_a_step_with_nan_is_skipped_and_named(tmp_path):
+    data = make_clips(4)
+    bad = [dict(clip) for clip in data]
+    bad[1]["video"] = torch.full_like(bad[1]["video"], float("nan"))
+    model, other = make_model(), make_model()
+    with pytest.warns(UserWarning, match=r"skipped step \d: clip0_1: expected finite probabilities") as caught:
+        done = fit(model, bad, data, settings(batch_size=1, epochs=1), tmp_path / "bad")
+    assert len([w for w in caught if "finite" in str(w.message)]) == 1
+    assert done.steps == 4
+    assert done.skipped[0].endswith("clip0_1: expected finite probabilities, got NaN or infinity")
+    state = model.state_dict()
+    assert all(t.isfinite().all() for t in state.values() if t.is_floating_point()), "BatchNorm's buffers too"
+    # As if the clip had never been there, but for the order, which follows from the number of clips.
+    step = int(done.skipped[0].split()[1].rstrip(":")) - 1
+    unreadable = [clip if i != 1 else BAD for i, clip in enumerate(data)]
+    with pytest.warns(UserWarning, match="skipped"):
+        fit(other, unreadable, data, settings(batch_size=1, epochs=1), tmp_path / "unreadable")
+    assert all(torch.equal(t, state[name]) for name, t in other.state_dict().items())
+    assert rows(tmp_path / "bad")[step]["loss"] == 0
 
 
 def test_it_learns_selects_the_best_epoch_and_writes_the_logs(tmp_path, capsys):
