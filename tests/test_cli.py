@@ -345,7 +345,7 @@ def test_evaluate_leaves_a_bad_file_out_and_says_so(run, options, tmp_path):
 
 
 def test_every_training_option_arrives(run, train_options, monkeypatch):
-    wanted = TrainConfig(3, 4, 0.1, 0.2, 5, 0.6, 7, 8, "bf16", 9, 10, 11)
+    wanted = TrainConfig(3, 4, 0.1, 0.2, 5, 0.6, 7, 8, "bf16", 9, 10, 11, "stop")
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     assert all(getattr(wanted, name) != getattr(TrainConfig(), name) for name in names)
     defaults = {name: inspect.signature(cli.train).parameters[name].default for name in names}
