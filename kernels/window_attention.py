@@ -34,35 +34,20 @@ import triton
 import triton.language as tl
 from lavish_fast.kernels import _checks, _launch, _tuning
 from lavish_fast.kernels._launch import Launch
+from lavish_fast.kernels.window_attention_bwd import (
+    LOG2E,
+    inverse_norm,
+    position,
+    reasons_bwd,
+    source,
+    tiles,
+    tuning_width,
+    window_attention_bwd,
+)
 from torch import Tensor
 
 _WINDOWS, _HEAD_WIDTHS = (2, 16), (16, 64)  # window and d, from and to
 _MOST = 9216  # elements of a window's keys in one head, d as a power of two: what fits in 99 KiB in float32
-_LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _position(slot, WINDOW: tl.constexpr, PATCH: tl.constexpr):
-    """Row and column in the window of its slot-th token, PATCH x PATCH tokens after one another."""
-    patch, inner = slot // (PATCH * PATCH), slot % (PATCH * PATCH)
-    row = patch // (WINDOW // PATCH) * PATCH + inner // PATCH
-    column = patch % (WINDOW // PATCH) * PATCH + inner % PATCH
-    return row, column
-
-
-@triton.jit
-def _source(row, column, size):
-    """The token of the image at a row and column of the map, shift included, and along which axes that wrapped it."""
-    down, right = row >= size, column >= size
-    token = (row - tl.where(down, size, 0)) * size + column - tl.where(right, size, 0)
-    return token.to(tl.int64), down, right
-
-
-@triton.jit
-def _inverse_norm(x):
-    """1 / max(|x|, 1e-12) of each row."""
-    x = x.to(tl.float32)
-    return tl.rsqrt(tl.maximum(tl.sum(x * x, 1), 1e-24))
 
 
 @triton.jit
@@ -71,6 +56,7 @@ def _window_attention_fwd(
     scale_ptr,
     table_ptr,
     out_ptr,
+    lse_ptr,
     stride_qkv_n,
     stride_qkv_t,
     heads,
@@ -111,23 +97,23 @@ def _window_attention_fwd(
         k_slot = KEYS[t][0] + tl.arange(0, KEYS[t][1])
         if KEYS[t][0] + KEYS[t][1] > N:
             k_slot = tl.minimum(k_slot, N - 1)
-        k_row, k_column = _position(k_slot, WINDOW, PATCH)
-        k_token, down, right = _source(top + WINDOW - 1 - k_row, left + WINDOW - 1 - k_column, size)
+        k_row, k_column = position(k_slot, WINDOW, PATCH)
+        k_token, down, right = source(top + WINDOW - 1 - k_row, left + WINDOW - 1 - k_column, size)
         k_ptrs = qkv_ptr + k_token[:, None] * stride_qkv_t + (width + offs_d)[None, :]
         k_tile = tl.load(k_ptrs, mask=mask_d, other=0.0)
         k += (k_tile.T,)
         v += (tl.load(k_ptrs + width, mask=mask_d, other=0.0),)
-        k_norm += (_inverse_norm(k_tile),)
+        k_norm += (inverse_norm(k_tile),)
         k_place += ((k_row * SPAN + k_column).to(tl.int64),)
         k_down += (down,)
         k_right += (right,)
 
     for start in range(0, N, PARTS * BLOCK_M):
         slot = start + part * BLOCK_M + tl.arange(0, BLOCK_M)
-        row, column = _position(tl.minimum(slot, N - 1), WINDOW, PATCH)
-        token, q_down, q_right = _source(top + row, left + column, size)
+        row, column = position(tl.minimum(slot, N - 1), WINDOW, PATCH)
+        token, q_down, q_right = source(top + row, left + column, size)
         q = tl.load(qkv_ptr + token[:, None] * stride_qkv_t + offs_d[None, :], mask=mask_d, other=0.0)
-        q_norm = _inverse_norm(q)
+        q_norm = inverse_norm(q)
         bias_ptrs = table_ptr + (row * SPAN + column).to(tl.int64)
         if RELOAD:
             # Else the compiler scales the keys' norms before the loop and holds N / 4 registers of them throughout it.
@@ -146,9 +132,9 @@ def _window_attention_fwd(
             if KEYS[t][0] + KEYS[t][1] > N:
                 bias = tl.where((KEYS[t][0] + tl.arange(0, KEYS[t][1]) < N)[None, :], bias, float("-inf"))
             logits = tl.dot(q, k[t], input_precision="ieee") * q_norm[:, None] * (k_norm[t] * scale)[None, :] + bias
-            higher = tl.maximum(high, tl.max(logits, 1) * _LOG2E)
+            higher = tl.maximum(high, tl.max(logits, 1) * LOG2E)
             # One multiply-add, which is exact but for the maximum, the same for all keys.
-            weights = tl.exp2(logits * _LOG2E - higher[:, None])
+            weights = tl.exp2(logits * LOG2E - higher[:, None])
             if t > 0:
                 correction = tl.exp2(high - higher)
                 total *= correction
@@ -158,35 +144,32 @@ def _window_attention_fwd(
             high = higher
         out *= (1.0 / total)[:, None]
         out_ptrs = out_ptr + token[:, None] * width + offs_d[None, :]
+        if lse_ptr is not None:
+            lse_ptrs = lse_ptr + (image * heads + head) * size * size + token
+            tl.store(lse_ptrs, high + tl.log2(total), mask=slot < N)
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_d & (slot < N)[:, None])
 
 
-def _tiles(N: int, most: int) -> tuple[tuple[int, int], ...]:
-    """The first key and the number of keys of each tile: powers of two, largest first, for N rounded up to 16."""
-    end, tiles = 16 * triton.cdiv(N, 16), []
-    while left := end - sum(number for _, number in tiles):
-        tiles.append((end - left, min(most, 1 << left.bit_length() - 1)))
-    return tuple(tiles)
-
-
-def tuning_width(N: int, d: int) -> int:
-    """What launch constants go by: the tokens of a window, twice as many for heads wider than 32."""
-    return N * max(triton.next_power_of_2(d), 32) // 32
-
-
 def launches(
-    qkv: Tensor, logit_scale: Tensor, table: Tensor, window: int, shift: int, out: Tensor, architecture: int
+    qkv: Tensor,
+    logit_scale: Tensor,
+    table: Tensor,
+    window: int,
+    shift: int,
+    out: Tensor,
+    architecture: int,
+    lse: Tensor | None = None,
 ) -> list[Launch]:
-    """What fills out (n, T, C)."""
+    """What fills out (n, T, C) and, where the backward is to have it, lse (n, heads, T)."""
     (n, tokens, width), heads, N = out.shape, logit_scale.numel(), window**2
     d = width // heads
     block_d = triton.next_power_of_2(d)
     constants, _ = _tuning.row("window_attention", architecture, qkv.dtype, tuning_width(N, d))
-    tiles = triton.cdiv(N, constants["BLOCK_M"])
+    passes = triton.cdiv(N, constants["BLOCK_M"])
     owned = n * (tokens // N) * heads
     # Two tiles or more a program, lest the compiler undo the loop, and as few programs as still take no more than that.
-    most = min(triton.cdiv(tiles, 2), max(1, constants.pop("programs") // max(owned, 1)))
-    parts = triton.cdiv(tiles, triton.cdiv(tiles, most))
+    most = min(triton.cdiv(passes, 2), max(1, constants.pop("programs") // max(owned, 1)))
+    parts = triton.cdiv(passes, triton.cdiv(passes, most))
     constants |= {
         "D": d,
         "BLOCK_D": block_d,
@@ -194,37 +177,84 @@ def launches(
         "SHIFT": shift,
         "PARTS": parts,
         "PATCH": math.gcd(window, 4),
-        "KEYS": _tiles(N, constants.pop("BLOCK_N")),
+        "KEYS": tiles(N, constants.pop("BLOCK_N")),
         "num_stages": 1,  # More would hold the biases of the next queries in shared memory, which the keys are to fill.
     }
     strides = (qkv.stride(0), qkv.stride(1))
-    args = (qkv, logit_scale, table, out, *strides, heads, math.isqrt(tokens))
+    args = (qkv, logit_scale, table, out, lse, *strides, heads, math.isqrt(tokens))
     return [Launch(_window_attention_fwd, (owned * parts,), args, constants)]
 
 
-@torch.library.custom_op("lavish_fast::window_attention", mutates_args=())
 def window_attention(qkv: Tensor, logit_scale: Tensor, table: Tensor, window: int, shift: int) -> Tensor:
     """Cosine attention of a square map of T tokens, rolled by -shift, in windows of window x window tokens.
 
     qkv (n, T, 3C) in image order; logit_scale (heads, 1, 1), exponentiated and clamped, and table
     (heads, (2 window - 1)²), the bias by relative row and column, in float32. Returns (n, T, C), in image order.
-    Raises: ValueError with every reason why the kernel cannot take them.
+    Only qkv may require a gradient. Raises: ValueError with every reason why the kernel cannot take them.
     """
     if found := reasons(qkv, logit_scale, table, window, shift):
         raise ValueError("window_attention: " + "; ".join(found))
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return window_attention_saving(qkv, logit_scale, table, window, shift)[0]
+    return window_attention_fwd(qkv, logit_scale, table, window, shift)
+
+
+@torch.library.custom_op("lavish_fast::window_attention", mutates_args=())
+def window_attention_fwd(qkv: Tensor, logit_scale: Tensor, table: Tensor, window: int, shift: int) -> Tensor:
+    """`window_attention` for inference."""
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     _launch.run(launches(qkv, logit_scale, table, window, shift, out, _launch.architecture(out.device)), out.device)
     return out
 
 
-@window_attention.register_fake
+@window_attention_fwd.register_fake
 def _(qkv: Tensor, logit_scale: Tensor, table: Tensor, window: int, shift: int) -> Tensor:
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
+@torch.library.custom_op("lavish_fast::window_attention_saving", mutates_args=())
+def window_attention_saving(
+    qkv: Tensor, logit_scale: Tensor, table: Tensor, window: int, shift: int
+) -> tuple[Tensor, Tensor]:
+    """`window_attention` for training, and what its backward needs: each row's log-sum-exp, in base 2."""
+    out, lse = _outputs(qkv, logit_scale)
+    architecture = _launch.architecture(out.device)
+    _launch.run(launches(qkv, logit_scale, table, window, shift, out, architecture, lse), out.device)
+    return out, lse
+
+
+@window_attention_saving.register_fake
+def _(qkv: Tensor, logit_scale: Tensor, table: Tensor, window: int, shift: int) -> tuple[Tensor, Tensor]:
+    return _outputs(qkv, logit_scale)
+
+
+def _outputs(qkv: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    n, tokens, channels = qkv.shape
+    lse = qkv.new_empty(n, logit_scale.shape[0], tokens, dtype=torch.float32)
+    return qkv.new_empty(n, tokens, channels // 3), lse
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    qkv, logit_scale, table, ctx.window, ctx.shift = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, logit_scale, table, output[1])
+
+
+def _backward(ctx, dout: Tensor | None, _) -> tuple[Tensor | None, None, None, None, None]:
+    if dout is None:
+        return None, None, None, None, None
+    qkv, logit_scale, table, lse = ctx.saved_tensors
+    dqkv = window_attention_bwd(qkv, logit_scale, table, ctx.window, ctx.shift, lse, dout)
+    return dqkv, None, None, None, None
+
+
+window_attention_saving.register_autograd(_backward, setup_context=_setup_context)
+
+
 def reasons(qkv: Tensor, logit_scale: Tensor, table: Tensor, window: int, shift: int) -> list[str]:
     """Why the kernel cannot take these tensors; nothing if it can."""
-    found = _checks.reasons(qkv, logit_scale, table, same_dtype=(qkv,))
+    found = _checks.reasons(qkv, logit_scale, table, same_dtype=(qkv,), differentiable=(qkv,))
     for name, tensor in (("logit_scale", logit_scale), ("table", table)):
         if tensor.dtype != torch.float32:
             found.append(f"{name}: expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -258,6 +288,8 @@ def reasons(qkv: Tensor, logit_scale: Tensor, table: Tensor, window: int, shift:
             found.append(
                 f"qkv: expected {_MOST // triton.next_power_of_2(d)} tokens a window or fewer, got {window**2}"
             )
+        elif torch.is_grad_enabled() and qkv.requires_grad:
+            found += reasons_bwd(qkv, window**2, d)
     return found
 
 

@@ -1,6 +1,8 @@
 """Builds a kernel file's launches for cards that are not here, and prints what came out, a line of JSON each.
 
-    python tests/build_kernels.py gather_latents
+    python tests/build_kernels.py gather_latents 80 90
+
+Without architectures, for all that are tested.
 
 A process of its own, since Triton's interpreter and its compiler exclude each other in one.
 """
@@ -54,9 +56,9 @@ def _report(cubin: bytes) -> dict[str, int]:
     }
 
 
-def main(name: str) -> None:
+def main(name: str, *architectures: str) -> None:
     module = importlib.import_module(f"lavish_fast.kernels.{name}")
-    for architecture in ARCHITECTURES:
+    for architecture in map(int, architectures or ARCHITECTURES):
         triton.runtime.driver.set_active(Card(architecture))
         for case, launches in module.builds(architecture):
             for launch in launches:
@@ -67,4 +69,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
