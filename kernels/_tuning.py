@@ -17,9 +17,26 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"bytes": 2, "width": 384, "BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
         {"bytes": 4, "width": 384, "BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
     ],
+    "adapter_training": [  # width: as of adapter
+        {"bytes": 2, "width": 48, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+        {"bytes": 2, "width": 96, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+        {"bytes": 2, "width": 192, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
+        {"bytes": 2, "width": 384, "BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+        {"bytes": 4, "width": 384, "BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
+    ],
+    "adapter_training_bwd": [  # width: as of adapter
+        {"bytes": 2, "width": 96, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+        {"bytes": 2, "width": 192, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
+        {"bytes": 2, "width": 384, "BLOCK_N": 32, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+        {"bytes": 4, "width": 384, "BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1},
+    ],
     "gather_latents": [
         {"bytes": 2, "width": 2048, "most_tokens": 256, "chunk": 18432, "num_warps": 4, "num_stages": 3},
         {"bytes": 4, "width": 2048, "most_tokens": 192, "chunk": 5120, "num_warps": 4, "num_stages": 3},
+    ],
+    "gather_latents_bwd": [  # beside the forward's tiling
+        {"bytes": 2, "width": 2048, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+        {"bytes": 4, "width": 2048, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2},
     ],
     "window_attention": [  # width: tokens of a window, twice for heads wider than 32
         {"bytes": 2, "width": 144, "BLOCK_M": 16, "BLOCK_N": 128, "RELOAD": False, "programs": 1440, "num_warps": 1},
@@ -27,6 +44,13 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"bytes": 2, "width": 288, "BLOCK_M": 32, "BLOCK_N": 64, "RELOAD": True, "programs": 720, "num_warps": 2},
         {"bytes": 4, "width": 256, "BLOCK_M": 16, "BLOCK_N": 32, "RELOAD": True, "programs": 720, "num_warps": 4},
         {"bytes": 4, "width": 288, "BLOCK_M": 16, "BLOCK_N": 16, "RELOAD": True, "programs": 720, "num_warps": 4},
+    ],
+    "window_attention_bwd": [  # width: as of window_attention; tiles of keys have BLOCK_N at most, `fewest` at least
+        {"bytes": 2, "width": 48, "BLOCK_M": 16, "BLOCK_N": 128, "fewest": 16, "num_warps": 2},
+        {"bytes": 2, "width": 64, "BLOCK_M": 16, "BLOCK_N": 128, "fewest": 16, "num_warps": 4},
+        {"bytes": 2, "width": 256, "BLOCK_M": 16, "BLOCK_N": 128, "fewest": 16, "num_warps": 8},
+        {"bytes": 4, "width": 64, "BLOCK_M": 16, "BLOCK_N": 128, "fewest": 64, "num_warps": 8},
+        {"bytes": 4, "width": 128, "BLOCK_M": 16, "BLOCK_N": 128, "fewest": 16, "num_warps": 16},
     ],
 }
 

@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from lavish_fast.kernels import _checks, _launch, _tuning
+from lavish_fast.kernels import gather_latents_bwd as backward
 from lavish_fast.kernels._launch import Launch
 from torch import Tensor
 
@@ -175,6 +176,7 @@ def _gather_latents_combine(
     highs_ptr,
     totals_ptr,
     s_ptr,
+    saved,  # for the backward or None: largest logits and sums (directions, n, m), sums less L (directions, n, m, C)
     blocks,
     C: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -190,12 +192,17 @@ def _gather_latents_combine(
     high = tl.load(highs_ptr + rows, mask=mask_b, other=float("-inf"))
     scale = tl.exp2((high - tl.max(high, 0)) * _LOG2E)
     total = tl.sum(scale * tl.load(totals_ptr + rows, mask=mask_b, other=0.0), 0)
+    if saved is not None:
+        tl.store(saved[0] + place * m + row, tl.max(high, 0))
+        tl.store(saved[1] + place * m + row, total)
     for c in range(0, C, BLOCK_C):
         mask_c = c + offs_c < C
         product = tl.load(
             products_ptr + rows[:, None] * C + c + offs_c[None, :], mask=mask_b[:, None] & mask_c[None, :], other=0.0
         )
         gathered = tl.sum(scale[:, None] * product, 0) / total
+        if saved is not None:
+            tl.store(saved[2] + (place * m + row) * C + c + offs_c, gathered, mask=mask_c)
         latents = tl.load(latents_ptr + row.to(tl.int64) * stride_l_m + c + offs_c, mask=mask_c, other=0.0)
         tl.store(s_ptr + (place * m + row) * C + c + offs_c, latents + gathered, mask=mask_c)
 
@@ -210,27 +217,46 @@ def _tiles(N: int, most: int) -> tuple[int, ...]:
     return tuple(1 << bit for bit in reversed(range(block.bit_length())) if block >> bit & 1)
 
 
-def launches(latents: Sequence[Tensor], others: Sequence[Tensor], s: Tensor, architecture: int) -> list[Launch]:
-    """What fills s (directions, n, m, C). Directions of one N share their launches."""
-    if others[0].shape[1] != others[-1].shape[1]:
-        each = [launches(latents[i : i + 1], others[i : i + 1], s[i : i + 1], architecture) for i in range(2)]
-        return [launch for of_one in each for launch in of_one]
-    (n, N, C), m = others[0].shape, latents[0].shape[0]
-    constants, _ = _tuning.row("gather_latents", architecture, others[0].dtype, C)
-    tiles = _tiles(N, constants.pop("most_tokens"))
-    block = sum(tiles)
-    blocks = triton.cdiv(N, block)
-    # Tensor cores take 16 latents at once, which the products of float32 have no use for.
-    M = max(1 if s.dtype == torch.float32 else 16, triton.next_power_of_2(m))
-    widest = constants.pop("chunk") // (block + M)
-    constants |= {
-        "C": C,
-        "M": M,
-        "TILES": tiles,
-        "BLOCK_C": min(256, triton.next_power_of_2(C), 1 << widest.bit_length() - 1),
-    }
+def _tiling(m: int, N: int, C: int, dtype: torch.dtype, architecture: int, trained: bool) -> tuple[dict, dict]:
+    """How a block's logits are taken, and the forward's other constants.
+
+    trained: as the backward takes them too, for what the forward saves belongs to logits of the very same bits.
+    """
+    constants, _ = _tuning.row("gather_latents", architecture, dtype, C)
+    # Tensor cores take 16 latents at once, which the forward's products of float32 have no use for.
+    M = max(1 if dtype == torch.float32 and not trained else 16, triton.next_power_of_2(m))
+    most = constants.pop("most_tokens")
+    if trained:
+        # Or logits and dP, of 4 M bytes a token each, do not fit into registers.
+        most = min(most, 16384 // dtype.itemsize // M)
+    tiles = _tiles(N, most)
+    widest = constants.pop("chunk") // (sum(tiles) + M)
+    block_c = min(256, triton.next_power_of_2(C), 1 << widest.bit_length() - 1)
     constants["num_warps"] *= 2 if M > 16 else 1
-    directions = tuple(Direction(l, l.stride(0), y, y.stride(0), y.stride(1)) for l, y in zip(latents, others))
+    return {"C": C, "M": M, "TILES": tiles, "BLOCK_C": block_c}, constants
+
+
+def _is_split(other: Tensor, m: int) -> bool:
+    """Whether several blocks share an image, so that its backward needs what only the forward sees as a whole."""
+    tiling, _ = _tiling(m, *other.shape[1:], other.dtype, _launch.architecture(other.device), True)
+    return other.shape[1] > sum(tiling["TILES"])
+
+
+def launches(
+    latents: Sequence[Tensor], others: Sequence[Tensor], s: Tensor, architecture: int, saved: Sequence[Tensor] = ()
+) -> list[Launch]:
+    """What fills s (directions, n, m, C), and `saved` where an image is split. Directions of one N share launches."""
+    if others[0].shape[1] != others[-1].shape[1]:
+        each = []
+        for i in (slice(0, 1), slice(1, 2)):
+            each += launches(latents[i], others[i], s[i], architecture, [t[i] for t in saved])
+        return each
+    (n, N, C), m = others[0].shape, latents[0].shape[0]
+    tiling, constants = _tiling(m, N, C, others[0].dtype, architecture, len(saved) > 0)
+    block = sum(tiling["TILES"])
+    blocks = triton.cdiv(N, block)
+    constants |= tiling
+    directions = _directions(latents, others)
     if blocks == 1:
         return [Launch(_gather_latents_fwd, (n, 1, len(directions)), (directions, s, m, N), constants)]
     highs, totals = torch.empty(2, len(directions), n, blocks, m, dtype=torch.float32, device=s.device)
@@ -244,34 +270,119 @@ def launches(latents: Sequence[Tensor], others: Sequence[Tensor], s: Tensor, arc
         Launch(
             _gather_latents_combine,
             (n, m, len(directions)),
-            (*parts, s, blocks),
+            (*parts, s, tuple(saved) or None, blocks),
             {"C": C, "BLOCKS": padded, "BLOCK_C": chunk, "num_warps": 4},
         ),
     ]
 
 
-@torch.library.custom_op("lavish_fast::gather_latents", mutates_args=())
-def gather_latents(latents: list[Tensor], others: list[Tensor]) -> Tensor:
-    """S[i] = L + softmax(L Yᵀ) Y of latents[i] (m, C) and others[i] (n, N_i, C), one or two of each.
+def _directions(latents: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Direction, ...]:
+    return tuple(Direction(l, l.stride(0), y, y.stride(0), y.stride(1)) for l, y in zip(latents, others))
 
-    Returns (directions, n, m, C) in their type. Raises: ValueError with every reason why the kernel cannot take them.
-    """
-    if found := reasons(latents, others):
-        raise ValueError("gather_latents: " + "; ".join(found))
+
+@torch.library.custom_op("lavish_fast::gather_latents", mutates_args=())
+def _infer(latents: list[Tensor], others: list[Tensor]) -> Tensor:
     s = others[0].new_empty(len(others), others[0].shape[0], *latents[0].shape)
     _launch.run(launches(latents, others, s, _launch.architecture(s.device)), s.device)
     return s
 
 
-@gather_latents.register_fake
+@_infer.register_fake
 def _(latents: list[Tensor], others: list[Tensor]) -> Tensor:
     return others[0].new_empty(len(others), others[0].shape[0], *latents[0].shape)
+
+
+@torch.library.custom_op("lavish_fast::gather_latents_trained", mutates_args=())
+def _train(latents: list[Tensor], others: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s, *saved = _outputs(latents, others)
+    _launch.run(launches(latents, others, s, _launch.architecture(s.device), saved), s.device)
+    return s, *saved
+
+
+@_train.register_fake
+def _outputs(latents: list[Tensor], others: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S, and for the backward each latent's largest logit, sum of weights and P Y, if any image is split."""
+    m, C = latents[0].shape
+    directions, n = len(others), others[0].shape[0]
+    kept = directions if any(_is_split(y, m) for y in others) else 0
+    highs, totals = (others[0].new_empty(kept, n, m, dtype=torch.float32) for _ in range(2))
+    gathered = others[0].new_empty(kept, n, m, C, dtype=torch.float32)
+    return others[0].new_empty(directions, n, m, C), highs, totals, gathered
+
+
+@torch.library.custom_op("lavish_fast::gather_latents_backward", mutates_args=())
+def _backward(
+    latents: list[Tensor],
+    others: list[Tensor],
+    ds: Tensor,
+    saved: list[Tensor],
+    of_latents: list[bool],
+    of_others: list[bool],
+) -> list[Tensor]:
+    """The gradients asked for, dL (m, C) of each and then dY (n, N, C) of each."""
+    architecture = _launch.architecture(ds.device)
+    kinds = list(zip(of_latents, of_others, (y.shape[1] for y in others)))
+    together = [slice(0, len(kinds))] if len(set(kinds)) == 1 else [slice(0, 1), slice(1, 2)]
+    dlatents, dothers = [], []
+    for i in together:
+        summed, wanted, _ = kinds[i.start]
+        if not summed and not wanted:
+            continue
+        dys = [torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in others[i]] if wanted else None
+        tiling, _ = _tiling(len(latents[0]), *others[i][0].shape[1:], ds.dtype, architecture, trained=True)
+        kept = [t[i] for t in saved]
+        launch, parts = backward.launch(
+            _directions(latents[i], others[i]), ds[i], kept, dys, summed, tiling, architecture
+        )
+        _launch.run([launch], ds.device)
+        if summed:
+            dlatents += [part.sum((0, 1)).to(ds.dtype) for part in parts]
+        dothers += dys or []
+    return dlatents + dothers
+
+
+@_backward.register_fake
+def _(latents, others, ds, saved, of_latents, of_others):
+    asked = [t for t, of in zip((*latents, *others), (*of_latents, *of_others)) if of]
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in asked]
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.directions = len(inputs[0])
+    ctx.save_for_backward(*inputs[0], *inputs[1], *output[1:])
+
+
+def _differentiate(ctx, ds, *_) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    needs, k = ctx.needs_input_grad, ctx.directions
+    if ds is None:
+        return [None] * k, [None] * k
+    tensors = ctx.saved_tensors
+    found = iter(_backward(tensors[:k], tensors[k : 2 * k], ds, tensors[2 * k :], *needs))
+    return tuple([next(found) if need else None for need in of] for of in needs)
+
+
+torch.library.register_autograd("lavish_fast::gather_latents_trained", _differentiate, setup_context=_save)
+
+
+def gather_latents(latents: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """S[i] = L + softmax(L Yᵀ) Y of latents[i] (m, C) and others[i] (n, N_i, C), one or two of each.
+
+    Returns (directions, n, m, C) in their type, differentiable once in all of them.
+    Raises: ValueError with every reason why the kernel cannot take them.
+    """
+    if found := reasons(latents, others):
+        raise ValueError("gather_latents: " + "; ".join(found))
+    latents, others = list(latents), list(others)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in latents + others):
+        return _train(latents, others)[0]
+    return _infer(latents, others)
 
 
 def reasons(latents: Sequence[Tensor], others: Sequence[Tensor]) -> list[str]:
     """Why the kernel cannot take these tensors; nothing if it can."""
     given = (*latents, *others)
-    found = _checks.reasons(*given, same_dtype=(*others, *latents))
+    found = _checks.reasons(*given, same_dtype=(*others, *latents), differentiable=given)
     if not 1 <= len(latents) <= 2 or len(latents) != len(others):
         return [*found, f"expected one or two latents and as many others, got {len(latents)} and {len(others)}"]
     if any(l.ndim != 2 for l in latents) or any(y.ndim != 3 for y in others):
@@ -306,4 +417,9 @@ def builds(architecture: int) -> Iterator[tuple[str, list[Launch]]]:
         other = torch.empty(20, N, C, dtype=dtype, device="meta")
         s = torch.empty(2, 20, m, C, dtype=dtype, device="meta")
         name = f"{str(dtype).removeprefix('torch.')} m={m} N={N} C={C}"
+        saved = [torch.empty(2, 20, m, *more, device="meta") for more in ((), (), (C,))]
+        tiling, _ = _tiling(m, N, C, dtype, architecture, trained=True)
+        pair = _directions([latents] * 2, [other] * 2)
+        differentiated, _ = backward.launch(pair, s, saved, [other] * 2, True, tiling, architecture)
         yield name, launches([latents] * 2, [other] * 2, s, architecture)
+        yield f"{name} trained", [*launches([latents] * 2, [other] * 2, s, architecture, saved), differentiated]

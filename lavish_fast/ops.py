@@ -99,8 +99,9 @@ def _record(op: str, x: Tensor, path: str, reasons: list[str], width: int) -> No
 
 def gather_latents(latents: Tensor, other: Tensor, *, path: str = "auto") -> Tensor:
     """S = L + softmax(L Yᵀ) Y. latents (m, C), other (n, N, C) -> (n, m, C)."""
-    if choose("gather_latents", path, other, other.shape[-1], lambda: _reasons(gather_kernel, [latents], [other])):
-        return gather_kernel.gather_latents([latents], [other])[0]
+    given = [latents.to(other.dtype)], [other]  # trained latents may be wider than the streams
+    if choose("gather_latents", path, other, other.shape[-1], lambda: _reasons(gather_kernel, *given)):
+        return gather_kernel.gather_latents(*given)[0]
     return reference.gather_latents(latents, other)
 
 
