@@ -101,9 +101,24 @@ def _draw(*shape: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Rearranged:
-    """A path that narrows the weights itself, after it has folded constants into them."""
+    """A path that narrows the weights itself, after it has folded constants into them; and its form for training."""
 
     make: Callable[[Model, torch.dtype], Callable]
+    train: Callable[[Model, torch.dtype], nn.Module] | None = None
+
+
+class Trained(nn.Module):
+    """A model, and what `optimize` makes of it for training: the names of the one, the calls of the other."""
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        from lavish_fast.runtime import optimize
+
+        super().__init__()
+        self.model = model
+        self.__dict__["fast"] = optimize(model, training=True, dtype=dtype)  # its parameters are the model's
+
+    def forward(self, audio: Tensor, video: Tensor) -> Tensor:
+        return self.fast(audio, video)
 
 
 @dataclass
@@ -137,7 +152,7 @@ class Problem:
         """The path's module, or function, with the truth's weights."""
         make = self.paths[path]
         if isinstance(make, Rearranged):
-            return make.make(copy.deepcopy(self.truth).to(device).eval(), dtype)
+            return (make.train if training else make.make)(copy.deepcopy(self.truth).to(device).eval(), dtype)
         built = make(copy.deepcopy(self.truth))
         if isinstance(built, nn.Module):
             built = built.to(device, dtype).train(training)
@@ -218,7 +233,7 @@ def _lavish(
 def _parameter_name(path: str, name: str) -> str:
     from benchmarks.baselines.released import parameter_name
 
-    return parameter_name(name) if path.startswith("released") else name
+    return parameter_name(name) if path.startswith("released") else name.removeprefix("model.")
 
 
 def _released(form: str) -> Callable[[Model], nn.Module]:
@@ -245,9 +260,9 @@ def _ave(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
         "folded": inference(path="reference"),
         "xformers": inference(path="reference", attention="xformers"),
         "fused": inference(fold=False, path="fused"),
-        "optimized": Rearranged(lambda model, dtype: optimize(model, dtype=dtype)),
+        "optimized": Rearranged(lambda model, dtype: optimize(model, dtype=dtype), Trained),
     }
-    return _lavish(preset.swin, clips, paths, ("reference", "released", "released-bmm"))
+    return _lavish(preset.swin, clips, paths, ("reference", "released", "released-bmm", "optimized"))
 
 
 def _latents(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
