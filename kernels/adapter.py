@@ -38,10 +38,11 @@ from lavish_fast.kernels._tiles import (
     Norm,
     across_lanes,
     batch_norm,
+    down_product,
     gate_of,
     layer_norm,
-    row,
     token_rows,
+    up_product,
     welford,
 )
 from lavish_fast.kernels._weights import NORMS, Eps, Weights, mismatches, tensors, unflattened
@@ -49,14 +50,9 @@ from torch import Tensor
 
 
 @triton.jit
-def _up(hidden, g, w, EPS: tl.constexpr, offs, mask_c, D_G: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
-    """z = BN2(up(hidden)) for the channels `offs` of group g; hidden: PARTS tiles of a group after the other."""
-    z = None
-    for part in tl.static_range(PARTS):
-        offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask = mask_c[:, None] & (offs_d < D_G)[None, :]
-        up = tl.load(w.up + offs[:, None] * D_G + offs_d[None, :], mask=mask, other=0.0)
-        z = tl.dot(hidden[g * PARTS + part], up.T, z, input_precision="ieee")
+def _up(hidden, g: tl.constexpr, w, EPS: tl.constexpr, offs, mask_c, D_G: tl.constexpr, BLOCK_D: tl.constexpr):
+    """z = BN2(up(hidden)) for the channels `offs` of group g; hidden: the tiles of a group after the other."""
+    z = up_product(hidden, g * ((D_G + BLOCK_D - 1) // BLOCK_D), w.up, offs, mask_c, D_G, BLOCK_D)
     return batch_norm(z, w.bn2, EPS.bn2, offs, mask_c)
 
 
@@ -112,6 +108,7 @@ def _adapter_fwd(
     out_rows = out_ptr + ((stream * images + image) * N + offs_n)[:, None] * C
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = (offs_m < M)[:, None]
+    s_rows = None
     if summaries_ptr is not None:
         s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
 
@@ -134,6 +131,7 @@ def _adapter_fwd(
             b_mean, b_m2 = welford(b_mean, b_m2, b, start, C, BLOCK_C)
     mean, _ = across_lanes(x_mean, 0.0, C, BLOCK_C)
     b_mean, b_m2 = across_lanes(b_mean, b_m2, C, BLOCK_C)
+    p = logits
     if summaries_ptr is not None:
         logits = tl.where((offs_m < M)[None, :], logits, float("-inf"))
         p = tl.exp(logits - tl.max(logits, 1)[:, None])
@@ -142,48 +140,30 @@ def _adapter_fwd(
         mean += gate_av * tl.sum(p.to(tl.float32) * s_mean[None, :], 1)
 
     # 2. All groups' products stay until the factor of each token is known.
-    squares = zeros
-    products, shifts = (), ()
-    for g in tl.static_range(GROUPS):
-        h, shift = (), ()
-        for _part in tl.static_range(PARTS):
-            h += (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
-            shift += (tl.zeros((BLOCK_D,), tl.float32),)
-        for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < C_G
-            offs = g * C_G + offs_c
-            x = tl.load(x_rows + offs[None, :], mask=mask_n & mask_c[None, :], other=0.0).to(tl.float32)
-            if summaries_ptr is not None:
-                s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
-                x += gate_av * tl.dot(p, s, input_precision="ieee")
-            if EPS.ln_before is not None:
-                x = tl.where(mask_c[None, :], x - mean[:, None], 0.0)
-                squares += x * x
-                if w.ln_before.weight is not None:
-                    x *= row(w.ln_before.weight, offs, mask_c)
-            x = x.to(dtype)
-            h_next, shift_next = (), ()
-            for part in tl.static_range(PARTS):
-                offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
-                mask = (offs_d < D_G)[:, None] & mask_c[None, :]
-                down = tl.load(w.down + (g * D_G + offs_d)[:, None] * C_G + offs_c[None, :], mask=mask, other=0.0)
-                h_next += (tl.dot(x, down.T, h[part], input_precision="ieee"),)
-                if w.ln_before.bias is not None:
-                    shift_next += (shift[part] + tl.sum(down * row(w.ln_before.bias, offs, mask_c), 1),)
-                else:
-                    shift_next += (shift[part],)
-            h, shift = h_next, shift_next
-        products += h
-        shifts += shift
+    products = down_product(
+        x_rows,
+        mask_n,
+        s_rows,
+        mask_m,
+        p,
+        gate_av,
+        mean,
+        w,
+        EPS,
+        channels,
+        C,
+        D,
+        GROUPS,
+        BLOCK_N,
+        BLOCK_C,
+        BLOCK_D,
+        num_stages,
+    )
 
     hidden = ()  # PARTS tiles for each group
     for part in tl.static_range(GROUPS * PARTS):
         offs_d = part % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
-        h = products[part]
-        if EPS.ln_before is not None:
-            h = h * tl.rsqrt(tl.sum(squares, 1) / C + EPS.ln_before)[:, None] + shifts[part][None, :]
-        h = batch_norm(h, w.bn1, EPS.bn1, part // PARTS * D_G + offs_d, offs_d < D_G)
+        h = batch_norm(products[part], w.bn1, EPS.bn1, part // PARTS * D_G + offs_d, offs_d < D_G)
         hidden += (tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype),)
 
     # 3. The statistics of z, each group's merged with those before it.
@@ -194,7 +174,7 @@ def _adapter_fwd(
             z_mean, z_m2 = zeros, zeros
             for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
                 offs_c = start + tl.arange(0, BLOCK_C)
-                z = _up(hidden, g, w, EPS, g * C_G + offs_c, offs_c < C_G, D_G, BLOCK_D, PARTS)
+                z = _up(hidden, g, w, EPS, g * C_G + offs_c, offs_c < C_G, D_G, BLOCK_D)
                 z_mean, z_m2 = welford(z_mean, z_m2, z, start, C_G, BLOCK_C)
             z_mean, z_m2 = across_lanes(z_mean, z_m2, C_G, BLOCK_C)
             delta = z_mean - mean
@@ -212,7 +192,7 @@ def _adapter_fwd(
             b = tl.load(branch_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)
             if EPS.post_norm is not None:
                 b = layer_norm(b, b_mean, b_m2, post_norm, EPS.post_norm, C, offs, mask_c)
-            z = _up(hidden, g, w, EPS, offs, mask_c, D_G, BLOCK_D, PARTS)
+            z = _up(hidden, g, w, EPS, offs, mask_c, D_G, BLOCK_D)
             if EPS.ln_after is not None:
                 z = layer_norm(z, mean, m2, w.ln_after, EPS.ln_after, C, offs, mask_c)
             tl.store(out_rows + offs[None, :], (x + b + gate * z).to(dtype), mask=mask)
