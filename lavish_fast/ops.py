@@ -21,10 +21,11 @@ from lavish_fast.kernels import _checks
 
 try:
     from lavish_fast.kernels import adapter as adapter_kernel
+    from lavish_fast.kernels import adapter_training as training_kernel
     from lavish_fast.kernels import gather_latents as gather_kernel
     from lavish_fast.kernels import window_attention as window_kernel
 except ImportError:  # no triton: `_checks.reasons` says so
-    adapter_kernel = gather_kernel = window_kernel = None
+    adapter_kernel = training_kernel = gather_kernel = window_kernel = None
 
 if TYPE_CHECKING:
     from lavish_fast.adapter import LavishAdapter
@@ -126,12 +127,21 @@ def adapter(
     """
     xs, branches = list(xs), list(branches)
     others = xs[::-1] if len(xs) == 2 else [None]
-    reasons = partial(_adapter_reasons, xs, branches, adapters, norm, drop_path)
+    batch = any(a.training and a.bn1 is not None for a in adapters)
+    trained = (p for a in adapters for p in a.parameters())
+    training = batch or (torch.is_grad_enabled() and any(t.requires_grad for t in (*xs, *branches, *trained)))
+    # Trained latents may be wider than the streams.
+    latents = [None if a.latents is None else a.latents.to(x.dtype) for a, x in zip(adapters, xs, strict=True)]
+    reasons = partial(_adapter_reasons, xs, branches, adapters, latents, norm, drop_path, training, batch)
     if choose("adapter", path, xs[0], len(adapters[0].down), reasons):
-        latents = [a.latents for a in adapters]
-        gathers = latents[0] is not None
-        summaries = gather_kernel.gather_latents(latents, others) if gathers else None
-        return adapter_kernel.adapter(xs, branches, summaries, *_weights(adapters, norm), eps=_eps(adapters, norm))
+        summaries = None if latents[0] is None else gather_kernel.gather_latents(latents, others)
+        given, eps = (xs, branches, summaries, *_weights(adapters, norm)), _eps(adapters, norm)
+        if not training:
+            return adapter_kernel.adapter(*given, eps=eps)
+        out, statistics = training_kernel.adapter_training(*given, eps=eps, batch_statistics=batch)
+        if batch:
+            _track(adapters, statistics, xs[0].shape[:-1].numel())
+        return out
     branches = [drop_path(b if norm is None else norm(b)) for b in branches]
     return [x + b + adapt(x, other) for x, b, adapt, other in zip(xs, branches, adapters, others, strict=True)]
 
@@ -181,19 +191,35 @@ def _reasons(kernel, *arguments) -> list[str]:
     return _checks.reasons() if kernel is None else kernel.reasons(*arguments)
 
 
-def _adapter_reasons(xs, branches, adapters, norm, drop_path) -> list[str]:
+def _adapter_reasons(xs, branches, adapters, latents, norm, drop_path, training, batch) -> list[str]:
     """Why the kernels of a fused adapter cannot take these."""
     if adapter_kernel is None:
         return _checks.reasons()
     found = []
-    batch = any(a.training and a.bn1 is not None for a in adapters)
-    if batch or (drop_path.training and getattr(drop_path, "rate", 0)):
-        found.append("expected evaluation, got training, in which BatchNorm or drop path is the batch's own")
-    latents = [a.latents for a in adapters]
+    if drop_path.training and getattr(drop_path, "rate", 0):
+        found.append("expected no drop path, got one in training")
+    norms = [n for a in adapters for n in (a.bn1, a.bn2) if n is not None]
+    if batch and any(type(n) is not nn.BatchNorm1d or n.momentum is None or n.running_mean is None for n in norms):
+        found.append("expected BatchNorm1d with momentum and running statistics, got another BatchNorm")
+    if batch and len({a.training for a in adapters}) > 1:
+        found.append("expected both adapters in training or both in evaluation, got one of each")
     if latents[0] is not None:
         found += gather_kernel.reasons(latents, xs[::-1])
-    found += adapter_kernel.reasons(xs, branches, None, *_weights(adapters, norm))
+    given = xs, branches, None, *_weights(adapters, norm)
+    found += training_kernel.reasons(*given, batch) if training else adapter_kernel.reasons(*given)
     return list(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def _track(adapters, statistics, tokens: int) -> None:
+    """Updates running statistics as BatchNorm1d does."""
+    for i, adapter in enumerate(adapters):
+        for norm, of_streams in zip((adapter.bn1, adapter.bn2), statistics):
+            mean, variance = of_streams[i]
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            unbiased = variance * (tokens / (tokens - 1))
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+            norm.num_batches_tracked += 1
 
 
 def _weights(adapters, norm) -> tuple:

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from lavish_fast import Model, explain, optimize
+from kernel_parity import DEVICE, DTYPES
+from lavish_fast import Model, explain, ops, optimize
 from lavish_fast.concatenated import Concatenated
 from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
 from lavish_fast.tasks import ave
@@ -144,9 +145,7 @@ def test_bad_calls_are_named():
         fast(given(model)[0])
     with pytest.raises(ValueError, match="audio: expected a tensor on cpu, got one on meta"):
         fast(given(model)[0].to("meta"), given(model)[1])
-    with pytest.raises(
-        ValueError, match=r"dtype: expected torch\.float32, which a ViT is trained in"
-    ):
+    with pytest.raises(ValueError, match=r"dtype: expected torch\.float32, which a ViT is trained in"):
         optimize(make(backbone=VIT), training=True, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="concatenated: expected a model on a swinv2, got one on a vit"):
         Concatenated(make(backbone=VIT))
@@ -169,3 +168,41 @@ def test_graphed_training(dtype):
     for name, buffer in model.trainable_state_dict().items():
         torch.testing.assert_close(other.trainable_state_dict()[name], buffer, msg=name)
     assert isinstance(fast(*(x[:1] for x in inputs)), torch.Tensor), "another batch size runs without a graph"
+
+
+def fused_model(dtype=torch.float32):
+    """Wide enough for every kernel, with a shifted block."""
+    backbone = SwinV2Config(
+        img_size=32, embed_dim=48, depths=(2, 1), num_heads=(3, 6), window_size=4, pretrained_window_sizes=(0, 0)
+    )
+    return make(dtype, backbone=backbone, frames=1).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["training", "running statistics"])
+def test_a_step_through_the_kernels(dtype, mode):
+    model = fused_model()
+    inputs = [x.to(DEVICE) for x in tiny_inputs(2, frames=1)]
+    target = torch.tensor([[0], [2]], device=DEVICE)
+    found = {}
+    for name, options in {
+        "truth": {"path": "reference"},
+        "reference": {"path": "reference", "dtype": dtype},
+        "fused": {"path": "fused", "dtype": dtype},
+    }.items():
+        own = copy.deepcopy(model).double() if name == "truth" else copy.deepcopy(model)
+        fast = optimize(own, training=True, compile=False, cuda_graphs=False, **options).train(mode == "training")
+        with ops.recording() as choices:
+            loss = ave.loss(fast(*(x.double() if name == "truth" else x for x in inputs)), target)
+            (1024 * loss).backward()  # as loss scaling has it, for float16
+        assert {choice.path for choice in choices} == {options["path"]}
+        buffers = [t for n, t in own.trainable_state_dict().items() if "running" in n]
+        gradients = [p.grad for _, p in own.trainable_parameters()]
+        assert all(g.isfinite().all() for g in gradients)
+        whole = {"gradients": gradients, "buffers": buffers, "loss": [loss.detach()]}
+        found[name] = {what: torch.cat([t.double().flatten() for t in tensors]) for what, tensors in whole.items()}
+    eps = torch.finfo(dtype).eps
+    for what, expected in found["truth"].items():
+        error, own = (relative_error(found[path][what], expected) for path in ("fused", "reference"))
+        assert error <= 2 * own + 4 * eps, what
+        assert error <= (1e-5 if dtype == torch.float32 else 2e-2), what

@@ -29,6 +29,7 @@ class Step(nn.Module):
 
     def __init__(self, width=32, *, streams=2, latents=2, post_norm=True, gates=(True, True), seed=0, **options):
         super().__init__()
+        torch.manual_seed(seed)
         config = AdapterConfig(**({"reduction": 4} | options))
         self.adapters = nn.ModuleList(
             LavishAdapter(width, config, gate=gates[i], cross_modal=False) for i in range(streams)
