@@ -10,8 +10,8 @@ from torch import nn
 from kernel_parity import DEVICE, DTYPES
 from lavish_fast import Model, ops
 from lavish_fast.adapter import LavishAdapter
-from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
 from lavish_fast.concatenated import Linear
+from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
 from lavish_fast.inference import FoldedStep, Inference, PackedLinear
 from parity import AVE_GOLDENS, golden, randomise, relative_error, tiny_config, tiny_inputs
 
