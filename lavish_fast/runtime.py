@@ -119,8 +119,9 @@ class FastTraining(nn.Module):
     """What `optimize` returns for training: a module that shares the model's adapters and head.
 
     `train()` and `eval()` are its own, not the model's. On CUDA the forward and the backward pass are a graph each,
-    while in training and for the batch sizes that `optimize` says; loss, optimiser, gradient accumulation and scaling
-    stay the loop's. Under DistributedDataParallel or with SyncBatchNorm take `cuda_graphs=False`.
+    while in training and for the batch sizes that `optimize` says, with one backward for each forward; loss, optimiser,
+    gradient accumulation and scaling stay the loop's. Under DistributedDataParallel or with SyncBatchNorm take
+    `cuda_graphs=False`.
 
     network: the module that runs.
     """
@@ -178,7 +179,13 @@ class FastTraining(nn.Module):
             for buffer, before in buffers:
                 buffer.copy_(before)  # the runs before the capture are no steps
             self._graphed[rows] = graphed
-        return self._graphed.get(rows, self.network.classify)
+        if rows not in self._graphed:
+            return self.network.classify
+        # Autograd may have taken the graph's own gradients, which its next backward overwrites, for the parameters'.
+        if held := [p for p in self.network.parameters() if p.grad is not None]:
+            for p, gradient in zip(held, torch._foreach_mul([p.grad for p in held], 1)):
+                p.grad = gradient
+        return self._graphed[rows]
 
 
 class _Classify(nn.Module):

@@ -151,6 +151,50 @@ def test_bad_calls_are_named():
         Concatenated(make(backbone=VIT))
 
 
+def pretended_graphs(module, inputs):
+    """make_graphed_callables as far as it shows: runs beforehand, and gradients that the next backward overwrites."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for _ in range(3):
+        torch.autograd.grad(module(*inputs).sum(), parameters)
+    static = [torch.zeros_like(p) for p in parameters]
+
+    class Graph(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *given):
+            with torch.enable_grad():
+                ctx.out = module(*given[: len(inputs)])
+            return ctx.out.detach()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            for own, new in zip(static, torch.autograd.grad(ctx.out, parameters, gradient)):
+                own.copy_(new)
+            return *[None] * len(inputs), *(own.detach() for own in static)
+
+    def replay(*given):
+        assert [x.shape for x in given] == [x.shape for x in inputs]
+        return Graph.apply(*given, *parameters)
+
+    return replay
+
+
+def test_gradients_accumulate_over_graphs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_graphs)
+    model = make()
+    other = copy.deepcopy(model)
+    plain, fast = (optimize(m, training=True, compile=False) for m in (model, other))
+    fast._cuda_graphs = True
+    for count, seed in ((2, 0), (2, 1), (2, 2), (1, 3)):
+        for module in (plain, fast):
+            ave.loss(module(*given(model, count, seed)), labels(count)).backward()
+    assert list(fast._graphed) == [6]
+    for (name, p), (_, q) in zip(model.trainable_parameters(), other.trainable_parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    for name, buffer in model.trainable_state_dict().items():
+        torch.testing.assert_close(other.trainable_state_dict()[name], buffer, msg=name)
+    assert torch.equal(fast.eval()(*given(model)), plain.eval()(*given(model)))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
