@@ -51,7 +51,7 @@ def optimize(
         training: whether it is to be trained.
         dtype: of weights and arithmetic, e.g. torch.bfloat16; that of the model without it. Inputs may be of any
             floating type, the probabilities come in the model's. In training it is the frozen weights' and the
-            streams', and the trained parameters, where theirs is wider, run under autocast.
+            streams', and the trained parameters, where theirs is wider, run under autocast, as a ViT does as a whole.
         path: of every op: "auto", "fused" (an error where a kernel cannot be had) or "reference".
         compile: whether the blocks go through torch.compile, one of each kind and at the first call; the code
             serves every batch size.
@@ -140,16 +140,14 @@ class FastTraining(nn.Module):
         self._out_dtype = next(model.parameters()).dtype
         if model.config.backbone.kind == "swinv2":
             self.network: nn.Module = Concatenated(model, dtype=dtype, path=path)
-            parts = self.network.blocks
+            self._autocast, parts = None, self.network.blocks  # it has its own
         else:
             self.network = sharing(model).set_path(path)
-            parts = self.network.adapters
-            if dtype is not None and dtype != self._out_dtype:
-                raise ValueError(f"dtype: expected {self._out_dtype}, which a ViT is trained in, got {dtype}")
+            self._autocast, parts = dtype, self.network.adapters
         explain(self)  # raises where "fused" cannot be had
         if compile:
             _compile(parts)
-        self._graphed: dict[int, nn.Module] = {}
+        self._graphed: dict[int, Callable[..., Tensor]] = {}
         self._sizes = None if batch_sizes is None else {size * model.config.frames for size in batch_sizes}
         self._cuda_graphs = cuda_graphs
         self.train()
@@ -168,19 +166,20 @@ class FastTraining(nn.Module):
         return self._choose(given)(*given).to(self._out_dtype)
 
     def _choose(self, streams: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        classify = _Classify(self.network, self._autocast)
         if not (self._cuda_graphs and self.training and torch.is_grad_enabled()):
-            return self.network.classify
+            return classify
         rows = len(streams[0])
         if self._sizes is None:
             self._sizes = {rows}
         if rows in self._sizes and rows not in self._graphed:
             buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
-            graphed = torch.cuda.make_graphed_callables(_Classify(self.network), tuple(x.clone() for x in streams))
+            samples = tuple(x.clone() for x in streams)
+            self._graphed[rows] = torch.cuda.make_graphed_callables(classify, samples, allow_unused_input=True)
             for buffer, before in buffers:
                 buffer.copy_(before)  # the runs before the capture are no steps
-            self._graphed[rows] = graphed
         if rows not in self._graphed:
-            return self.network.classify
+            return classify
         # Autograd may have taken the graph's own gradients, which its next backward overwrites, for the parameters'.
         if held := [p for p in self.network.parameters() if p.grad is not None]:
             for p, gradient in zip(held, torch._foreach_mul([p.grad for p in held], 1)):
@@ -189,12 +188,17 @@ class FastTraining(nn.Module):
 
 
 class _Classify(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
+    """A network's `classify`, under autocast to `dtype` if that is another than its weights'."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.dtype = network, dtype
 
     def forward(self, *streams: Tensor) -> Tensor:
-        return self.network.classify(*streams)
+        if self.dtype in (None, next(self.network.parameters()).dtype):
+            return self.network.classify(*streams)
+        with torch.autocast(streams[0].device.type, self.dtype, cache_enabled=False):
+            return self.network.classify(*streams)
 
 
 def _compile(parts: Iterable[nn.Module]) -> None:

@@ -233,7 +233,8 @@ class _Run:
         if cuda:
             from lavish_fast.runtime import optimize
 
-            self.network = optimize(model, training=True, dtype=torch.bfloat16 if config.amp else None)
+            dtype = torch.bfloat16 if config.amp else None
+            self.network = optimize(model, training=True, dtype=dtype, batch_sizes=[config.batch_size])
             self.amp = None  # it has its own
         self.buffers = [buffer for name, buffer in model.trainable_state_dict().items() if _is_statistic(name)]
         self.kept = [buffer.clone() for buffer in self.buffers]  # as they were before the step under way
