@@ -117,8 +117,8 @@ def test_an_empty_batch_keeps_its_shape():
         assert gather_latents(latents, others).shape == (2, 0, 2, 96)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N", [36, 144, 300])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("N", [36, 300])
 @pytest.mark.parametrize("layout", [guarded, every_second, padded_rows, tokens_outside, misaligned])
 def test_any_layout_amid_nan_gives_the_same_bits(layout, N, dtype):
     latents, others = inputs(2, N, 96, dtype=dtype)

@@ -208,7 +208,7 @@ def test_an_empty_batch_keeps_its_shape():
     assert window_attention(*inputs(12, 2, 6, n=0), 6, 3).shape == (0, 144, 64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize(("window", "d"), [(4, 32), (7, 24)])
 @pytest.mark.parametrize("layout", [guarded, every_second, padded_rows, tokens_outside, misaligned])
 def test_any_layout_amid_nan_gives_the_same_bits(layout, window, d, dtype):

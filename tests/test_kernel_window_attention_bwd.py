@@ -148,7 +148,7 @@ def test_what_is_saved(window, shift):
     torch.testing.assert_close(lse[..., order].double(), rows, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize(("window", "d"), [(4, 32), (7, 24)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_amid_nan_gives_the_same_bits(layout, window, d, dtype):
