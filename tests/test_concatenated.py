@@ -72,9 +72,16 @@ def steps(module, parameters, count, dtype=torch.float32, **options):
 @pytest.mark.parametrize("changes", [{}, {"backbone": VIT}])
 @pytest.mark.parametrize(("dtype", "limit"), [(None, 1e-5), (torch.bfloat16, 2e-2)])
 def test_32_steps(dtype, limit, changes):
+    # A loss that has fallen to a twentieth shows bfloat16's rounding in a ViT: there both run under autocast.
     model = make(**changes)
+    rounded = dtype is not None and changes
+
+    def plain(audio, video):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(rounded)):
+            return model(audio, video)
+
     other = copy.deepcopy(model)
-    expected = steps(model, [p for _, p in model.trainable_parameters()], 32)
+    expected = steps(plain, [p for _, p in model.trainable_parameters()], 32, fused=True)
     fast = optimize(other, training=True, dtype=dtype, compile=False)
     got = steps(fast, [p for p in fast.parameters() if p.requires_grad], 32, fused=True)
     assert expected[-1] < 0.9 * expected[0], "it must learn something"
