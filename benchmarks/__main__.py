@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -182,6 +183,47 @@ def ladder(
     pictures = module.draw(rungs, out.with_suffix(""))
     console.print(f"rows in {out}, pictures in {', '.join(map(str, pictures))}", soft_wrap=True)
     return 1 if any(row["status"] in ("wrong", "failed") for _, row in rungs) else 0
+
+
+@app.command()
+def profile(
+    mode: Annotated[str, typer.Option(help="inference or training.")] = "inference",
+    path: Annotated[str, typer.Option(help="As for run.")] = "optimized",
+    execution: Annotated[str, typer.Option(help="As for run.")] = "own",
+    dtype: Annotated[str, typer.Option(help="As for run.")] = "bfloat16",
+    batch: Annotated[str, typer.Option(help="Clips at once, by commas.")] = "2,32",
+    preset: PresetName = None,
+    device: Device = None,
+    out: Out = None,
+) -> int:
+    """Where the AVE network's time goes on a card, kernel by kernel: tables, and a row for each batch size."""
+    from benchmarks import profile as module
+    from benchmarks.cases import CASES, MODES
+    from benchmarks.measure import EXECUTIONS, PRECISIONS
+    from benchmarks.run import Group, Selection
+
+    device = _device(device)
+    if device != "cuda":
+        raise typer.BadParameter("device: expected cuda, whose kernels are listed, got cpu")
+    mode = choose_one("mode", mode, MODES, mode)
+    how = {
+        "path": choose_one("path", path, CASES["ave"].paths, path),
+        "execution": choose_one("execution", execution, EXECUTIONS, execution),
+        "dtype": choose_one("dtype", dtype, PRECISIONS, dtype),
+    }
+    selection = Selection(device, _preset(preset, device), _batches(batch, device), cases=["ave"], modes=[mode])
+    console, failed, shared = _console(), False, {}
+    for key in selection.groups():
+        candidate = Group(selection, key, {}, shared, time.monotonic()).prepare(**how)
+        row = candidate.row
+        if candidate.call is None:
+            console.print(line(row), soft_wrap=True)
+            failed = True
+            continue
+        kernels = module.kernels(candidate.call)
+        console.print(module.table(kernels, f"{mode} of {key['batch']} clips, {path} {execution} {dtype}"))
+        results.append(out or results.folder(device) / "profile.jsonl", [{**row, "kernels_us": module.row(kernels)}])
+    return int(failed)
 
 
 @app.command()

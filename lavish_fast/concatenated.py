@@ -23,6 +23,17 @@ def sharing(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
+def arithmetic(trained: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast to the type of x, where trained parameters are wider; none around what is frozen, which has x's type.
+
+    A frozen norm would come out of autocast in float32, and with it the whole stream.
+    """
+    if next(trained.parameters()).dtype == x.dtype:
+        return contextlib.nullcontext()
+    # A CUDA graph must not read casts that autocast would keep for later.
+    return torch.autocast(x.device.type, x.dtype, cache_enabled=False)
+
+
 class Linear(nn.Module):
     """A frozen linear layer, with GELU behind it if asked for; x (..., C) -> (..., D)."""
 
@@ -63,7 +74,8 @@ class Step(nn.Module):
         """x, branch (streams, n, N, C) -> the same."""
         if not self.adapters:
             return x + self.drop_path(self.norm(branch).flatten(0, 1)).view_as(x)
-        out = ops.adapter(x.unbind(), branch.unbind(), self.adapters, self.norm, self.drop_path, path=self.path)
+        with arithmetic(self.adapters, x):
+            out = ops.adapter(x.unbind(), branch.unbind(), self.adapters, self.norm, self.drop_path, path=self.path)
         # Autocast leaves norms, and with them the sum, in float32.
         return (out if isinstance(out, Tensor) else torch.stack(out)).to(x.dtype)
 
@@ -157,16 +169,9 @@ class Concatenated(nn.Module):
     def classify(self, *streams: Tensor) -> Tensor:
         """Images of each stream, (n, 3, S, S), audio first, to class probabilities (n, K)."""
         x = self.embed(torch.cat(streams).to(self.dtype))
-        with self.arithmetic():
-            for block in self.blocks:
-                x = block(x)
-            # Video first, as in `Model.features`.
-            return self.head(torch.cat(self.norm(x).mean(1).chunk(len(streams))[::-1], -1))
-
-    def arithmetic(self) -> contextlib.AbstractContextManager:
-        """Autocast, where the trained parameters are wider than the streams."""
-        parameter = next(self.head.parameters())
-        if parameter.dtype == self.dtype:
-            return contextlib.nullcontext()
-        # A CUDA graph must not read casts that autocast would keep for later.
-        return torch.autocast(parameter.device.type, self.dtype, cache_enabled=False)
+        for block in self.blocks:
+            x = block(x)
+        # Video first, as in `Model.features`.
+        features = torch.cat(self.norm(x).mean(1).chunk(len(streams))[::-1], -1)
+        with arithmetic(self.head, features):
+            return self.head(features)

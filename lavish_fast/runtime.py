@@ -290,7 +290,7 @@ def _choices_by_block(network: nn.Module) -> Iterator[list[ops.Choice]]:
         for block in network.blocks:
             size, norm = block.attention.size, block.p1.norm
             x = norm.weight.new_zeros(streams, 1, size * size, len(norm.weight)).requires_grad_(network.training)
-            with network.arithmetic(), ops.recording() as choices:
+            with ops.recording() as choices:
                 for part, given in ((block.attention, [x[0].repeat(1, 1, 3)]), (block.p1, [x, x]), (block.p2, [x, x])):
                     type(part).forward(part, *given)
             yield choices
