@@ -64,9 +64,11 @@ def _sdpa_on_cpu(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Ten
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """`reference.window_attention` by xformers' memory_efficient_attention, whose cutlass kernel takes a bias.
+    """`reference.window_attention` by xformers' cutlass op, which takes a bias.
 
-    The bias's rows lie in a buffer whose width is a multiple of 8 (36 tokens in 40), as the kernel requires.
+    The op is called by itself: `memory_efficient_attention` refuses it where xformers' own extension does not load
+    (0.0.35 is built for torch 2.10 and CUDA 12.8), though what it runs, and differentiates by, is PyTorch's kernel.
+    The bias's rows lie in a buffer whose width is a multiple of 8 (36 tokens in 40), as that kernel requires.
 
     Raises: ImportError without xformers, ValueError for CPU tensors.
     """
@@ -82,8 +84,9 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor,
     padded[..., :tokens] = bias
     bias = padded[..., :tokens].unsqueeze(0).expand(len(q), -1, -1, -1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    op = (fmha.cutlass.FwOp, None)
-    out = fmha.memory_efficient_attention(q, k, v, attn_bias=bias, scale=1.0, op=op)
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    inputs = fmha.Inputs(query=q, key=k, value=v, attn_bias=bias, scale=1.0)
+    out, _ = fmha.cutlass.FwOp.apply(inputs, needs_gradient=trained)
     return out.transpose(1, 2).reshape(shape)
 
 

@@ -184,28 +184,44 @@ class OnCuda(torch.Tensor):
     is_cuda = True
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("window", [4, 6])
-def test_what_xformers_is_given(monkeypatch, window, masked):
+def test_what_xformers_gives_pytorchs_kernel(monkeypatch, window, masked, trained):
     # Its layout is (n, N, heads, d); its bias covers every image and head, in rows that start at multiples of 8.
-    tensors, tokens = draw(torch.float32, window=window, masked=masked), window**2
-    operator = types.SimpleNamespace(FwOp=object())
+    fmha = pytest.importorskip("xformers.ops").fmha
+    kernel, tokens, calls = fmha.cutlass.FwOp.OPERATOR, window**2, []
+    assert kernel is torch.ops.aten._efficient_attention_forward
 
-    def memory_efficient_attention(q, k, v, attn_bias, scale, op):
-        assert op == (operator.FwOp, None)
+    def operator(query, key, value, bias, dropout_p, custom_mask_type, scale, compute_log_sumexp, **others):
+        given = (query, key, value, bias)
         n, heads = (2, 4 * 3) if masked else (2 * 4, 3)  # a mask is of each window of an image
-        assert q.shape == k.shape == v.shape == (n, tokens, heads, 32)
-        assert attn_bias.shape == (n, heads, tokens, tokens)
-        assert attn_bias.dtype == q.dtype
-        assert attn_bias.stride(-1) == 1
-        assert not any(stride % 8 for stride in attn_bias.stride()[:-1])
-        logits = scale * torch.einsum("nihd,njhd->nhij", q, k) + attn_bias
-        return torch.einsum("nhij,njhd->nihd", logits.softmax(-1), v)
+        assert query.shape == key.shape == value.shape == (n, tokens, heads, 32)
+        assert bias.shape == (n, heads, tokens, tokens)
+        assert {x.dtype for x in given} == {query.dtype}
+        assert all(x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:-1]) for x in given)
+        assert (dropout_p, custom_mask_type, scale, compute_log_sumexp) == (0, 0, 1, trained)
+        # Its signature, and nothing beside a bias that would change what it computes.
+        metas = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in given]
+        rest = {"dropout_p": 0.0, "custom_mask_type": 0, "compute_log_sumexp": trained, "scale": scale, **others}
+        out, lse, *states = kernel(*metas, **rest)
+        assert {name: x for name, x in others.items() if x not in (None, -1)} == {}
+        assert out.shape == query.shape
+        calls.append(others)
+        logits = scale * torch.einsum("nihd,njhd->nhij", query, key) + bias
+        return torch.einsum("nhij,njhd->nihd", logits.softmax(-1), value), lse, *states
 
-    operator.memory_efficient_attention, operator.cutlass = memory_efficient_attention, operator
-    pretend_xformers(monkeypatch, operator)
-    got = attention.xformers(*(t if t is None else t.as_subclass(OnCuda) for t in tensors))
-    assert_close(got.as_subclass(torch.Tensor), tensors)
+    monkeypatch.setattr(fmha.cutlass.FwOp, "OPERATOR", operator)
+    q, *rest = tensors = draw(torch.float32, window=window, masked=masked)
+    leaf = q.detach().clone().requires_grad_(trained)
+    got = attention.xformers(leaf.as_subclass(OnCuda), *rest).as_subclass(torch.Tensor)
+    assert len(calls) == 1
+    assert_close(got.detach(), tensors)
+    if trained:
+        dout = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+        expected = q.double().requires_grad_()
+        truth(expected, *rest).backward(dout.double())
+        assert relative_error(torch.autograd.grad(got, leaf, dout)[0], expected.grad) < 1e-5
 
 
 @pytest.mark.gpu
@@ -219,3 +235,22 @@ def test_on_a_gpu(path, window, masked):
     tensors = draw(torch.bfloat16, window=window, masked=masked, n=8, device="cuda")
     given, options = images(*tensors)
     assert_close(windows(ops.window_attention(*given, **options, path=path), tensors[0]), tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("path", ["sdpa", "xformers"])
+def test_gradients_on_a_gpu(path, masked):
+    if path == "xformers":
+        pytest.importorskip("xformers")
+    tensors = draw(torch.float32, window=12, masked=masked, device="cuda")
+    found = []
+    for attend, dtype in ((getattr(attention, path), torch.float32), (reference.cosine_attention, torch.float64)):
+        given = [None if t is None else t.detach().to(dtype) for t in tensors]
+        leaves = [t.requires_grad_() for t in given[:3]]
+        out = attend(*given)
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        found.append(torch.autograd.grad(out, leaves, dout))
+    for got, expected in zip(*found):
+        assert relative_error(got, expected) < 1e-3
