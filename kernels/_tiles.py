@@ -1,6 +1,8 @@
-"""What the kernels do with a tile of a stream: where its rows lie, LayerNorm and BatchNorm chunk by chunk, gates.
+"""What the adapters' kernels do with rows of a stream that a program holds whole: statistics, norms, products by group.
 
-And the adapters' two products, down and up by group.
+A program owns BLOCK_N tokens. Their C channels are a tuple of tiles (BLOCK_N, CHUNK), CHUNK a power of two, the same
+number of tiles for every group: 768 channels in 2 groups are 6 tiles of 128. So each stream is read from memory once,
+no step walks it again, and sums over channels are taken of differences to a mean that is known.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+WIDE = tl.constexpr(1024)  # channels, above which what a program holds is rounded, as the reference rounds it
 
 
 class Norm(NamedTuple):
@@ -26,6 +31,20 @@ class BatchNorm(NamedTuple):
     variance: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+
+
+def block(size: int) -> int:
+    """The power of two that holds `size`, at least what tl.dot takes."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def chunk(channels: int, most: int) -> int:
+    """The width of a tile: a group's own if `most` is that; else the fewest channels beyond it, then the fewest tiles."""
+    if block(channels) <= most:
+        return block(channels)
+    widths = [1 << bit for bit in range(4, 10) if triton.cdiv(channels, 1 << bit) <= 16]
+    widths = [width for width in widths if width <= most] or widths[:1]
+    return min(widths, key=lambda width: (triton.cdiv(channels, width) * width, -width))
 
 
 @triton.jit
@@ -51,137 +70,6 @@ def row(ptr, offs, mask, other=0.0):
 
 
 @triton.jit
-def welford(mean, m2, x, start, END: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Every lane's mean and sum of squared deviations, over one more chunk, which begins at channel `start`."""
-    delta = x - mean
-    if END % BLOCK_C:
-        delta = tl.where((start + tl.arange(0, BLOCK_C) < END)[None, :], delta, 0.0)
-    mean += delta * (BLOCK_C / (start + BLOCK_C))
-    return mean, m2 + delta * (x - mean)
-
-
-@triton.jit
-def across_lanes(mean, m2, END: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Those of each row, from those of its lanes, which have seen `count` channels each (Chan et al.)."""
-    count = ((END + BLOCK_C - 1 - tl.arange(0, BLOCK_C)) // BLOCK_C).to(tl.float32)[None, :]
-    row_mean = tl.sum(mean * count, 1) / END
-    delta = mean - row_mean[:, None]
-    return row_mean, tl.sum(m2 + delta * delta * count, 1)
-
-
-@triton.jit
-def layer_norm(x, mean, m2, norm, EPS: tl.constexpr, C: tl.constexpr, offs, mask):
-    x = (x - mean[:, None]) * tl.rsqrt(m2 / C + EPS)[:, None]
-    if norm.weight is not None:
-        x *= row(norm.weight, offs, mask)
-    if norm.bias is not None:
-        x += row(norm.bias, offs, mask)
-    return x
-
-
-@triton.jit
-def batch_norm(x, norm, EPS: tl.constexpr, offs, mask):
-    if norm.mean is not None:
-        scale = tl.rsqrt(row(norm.variance, offs, mask, other=1.0) + EPS)
-        if norm.weight is not None:
-            scale *= row(norm.weight, offs, mask)
-        x = x * scale - scale * row(norm.mean, offs, mask)
-    if norm.bias is not None:
-        x += row(norm.bias, offs, mask)
-    return x
-
-
-@triton.jit
-def seen(x_rows, mask_n, s_rows, mask_m, p, gate_av, offs, mask_c):
-    """X' = X + g_av p S for the channels `offs`, float32; X where there are no summaries."""
-    x = tl.load(x_rows + offs[None, :], mask=mask_n & mask_c[None, :], other=0.0).to(tl.float32)
-    if s_rows is not None:
-        s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
-        x += gate_av * tl.dot(p, s, input_precision="ieee")
-    return x
-
-
-@triton.jit
-def down_product(
-    x_rows,
-    mask_n,
-    s_rows,
-    mask_m,
-    p,
-    gate_av,
-    mean,
-    w,
-    EPS: tl.constexpr,
-    channels,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    num_stages: tl.constexpr,
-):
-    """h = down(LN_before(X')), float32: PARTS tiles (BLOCK_N, BLOCK_D) for each group; mean: of X', by token.
-
-    All groups' products stay until the factor of each token is known.
-    """
-    C_G: tl.constexpr = C // GROUPS
-    D_G: tl.constexpr = D // GROUPS
-    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
-    squares = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    products, shifts = (), ()
-    for g in tl.static_range(GROUPS):
-        h, shift = (), ()
-        for _part in tl.static_range(PARTS):
-            h += (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
-            shift += (tl.zeros((BLOCK_D,), tl.float32),)
-        for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < C_G
-            offs = g * C_G + offs_c
-            x = seen(x_rows, mask_n, s_rows, mask_m, p, gate_av, offs, mask_c)
-            if EPS.ln_before is not None:
-                x = tl.where(mask_c[None, :], x - mean[:, None], 0.0)
-                squares += x * x
-                if w.ln_before.weight is not None:
-                    x *= row(w.ln_before.weight, offs, mask_c)
-            x = x.to(w.down.dtype.element_ty)
-            h_next, shift_next = (), ()
-            for part in tl.static_range(PARTS):
-                offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
-                mask = (offs_d < D_G)[:, None] & mask_c[None, :]
-                down = tl.load(w.down + (g * D_G + offs_d)[:, None] * C_G + offs_c[None, :], mask=mask, other=0.0)
-                h_next += (tl.dot(x, down.T, h[part], input_precision="ieee"),)
-                if w.ln_before.bias is not None:
-                    shift_next += (shift[part] + tl.sum(down * row(w.ln_before.bias, offs, mask_c), 1),)
-                else:
-                    shift_next += (shift[part],)
-            h, shift = h_next, shift_next
-        products += h
-        shifts += shift
-
-    out = ()
-    for part in tl.static_range(GROUPS * PARTS):
-        h = products[part]
-        if EPS.ln_before is not None:
-            h = h * tl.rsqrt(tl.sum(squares, 1) / C + EPS.ln_before)[:, None] + shifts[part][None, :]
-        out += (h,)
-    return out
-
-
-@triton.jit
-def up_product(hidden, FIRST: tl.constexpr, up_ptr, offs, mask_c, D_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    """up(hidden) for the channels `offs` of one group, whose tiles begin at hidden[FIRST]."""
-    z = None
-    for part in tl.static_range((D_G + BLOCK_D - 1) // BLOCK_D):
-        offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask = mask_c[:, None] & (offs_d < D_G)[None, :]
-        up = tl.load(up_ptr + offs[:, None] * D_G + offs_d[None, :], mask=mask, other=0.0)
-        z = tl.dot(hidden[FIRST + part], up.T, z, input_precision="ieee")
-    return z
-
-
-@triton.jit
 def place(images, N, BLOCK_N: tl.constexpr):
     """The stream, the image and the tokens of a program, in a grid of blocks of tokens."""
     blocks = tl.cdiv(N, BLOCK_N)
@@ -191,38 +79,253 @@ def place(images, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def attend(
-    x_rows,
-    mask_n,
+def columns(t: tl.constexpr, C_G: tl.constexpr, CHUNK: tl.constexpr):
+    """The channels of tile t, and which of them are its group's."""
+    TRIPS: tl.constexpr = (C_G + CHUNK - 1) // CHUNK
+    offs_c = t % TRIPS * CHUNK + tl.arange(0, CHUNK)
+    return t // TRIPS * C_G + offs_c, offs_c < C_G
+
+
+@triton.jit
+def load_tiles(rows, stride_c, mask_n, TILES: tl.constexpr, C_G: tl.constexpr, CHUNK: tl.constexpr):
+    """All channels of these rows, zero outside of tokens and channels."""
+    tiles = ()
+    for t in tl.static_range(TILES):
+        offs, mask_c = columns(t, C_G, CHUNK)
+        tiles += (tl.load(rows + offs[None, :] * stride_c, mask=mask_n & mask_c[None, :], other=0.0),)
+    return tiles
+
+
+@triton.jit
+def affine(x, norm, offs, mask_c):
+    """A LayerNorm's weight and bias, where it has them."""
+    if norm.weight is not None:
+        x *= row(norm.weight, offs, mask_c)
+    if norm.bias is not None:
+        x += row(norm.bias, offs, mask_c)
+    return x
+
+
+@triton.jit
+def batch_norm(x, norm, EPS: tl.constexpr, offs, mask):
+    if norm.mean is not None:
+        scale = tl.rsqrt(row(norm.variance, offs, mask, other=1.0) + EPS)
+        if norm.weight is not None:
+            scale *= row(norm.weight, offs, mask)
+        x = (x - row(norm.mean, offs, mask)) * scale
+    if norm.bias is not None:
+        x += row(norm.bias, offs, mask)
+    return x
+
+
+@triton.jit
+def softmax_of_latents(
+    x,
     s_rows,
     mask_m,
-    gate_av,
-    channels,
-    C: tl.constexpr,
     M: tl.constexpr,
+    C_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    num_stages: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """P = softmax(X Sᵀ) and the mean of X' = X + g_av P S by token, float32; channels: all C. Without S, P is zeros."""
-    x_mean = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    s_mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    p = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
-        offs_c = start + tl.arange(0, BLOCK_C)[None, :]
-        x = tl.load(x_rows + offs_c, mask=mask_n & (offs_c < C), other=0.0)
-        x_mean, _ = welford(x_mean, 0.0, x.to(tl.float32), start, C, BLOCK_C)
+    """P = softmax(X Sᵀ), (BLOCK_N, BLOCK_M) float32."""
+    logits = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for t in tl.static_range(len(x)):
+        offs, mask_c = columns(t, C_G, CHUNK)
+        s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
+        logits = tl.dot(x[t], s.T, logits, input_precision="tf32x3")
+    logits = tl.where((tl.arange(0, BLOCK_M) < M)[None, :], logits, float("-inf"))
+    p = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return p / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def seen(x, s_rows, mask_m, p, gate_av, C_G: tl.constexpr, CHUNK: tl.constexpr):
+    """X' = X + g_av P S, float32; X where there are no summaries. p: rounded."""
+    tiles = ()
+    for t in tl.static_range(len(x)):
+        tile = x[t].to(tl.float32)
         if s_rows is not None:
-            s = tl.load(s_rows + offs_c, mask=mask_m & (offs_c < C), other=0.0)
-            s_mean, _ = welford(s_mean, 0.0, s.to(tl.float32), start, C, BLOCK_C)
-            p = tl.dot(x, s.T, p, input_precision="ieee")
-    mean, _ = across_lanes(x_mean, 0.0, C, BLOCK_C)
-    if s_rows is not None:
-        p = tl.where((tl.arange(0, BLOCK_M) < M)[None, :], p, float("-inf"))
-        p = tl.exp(p - tl.max(p, 1)[:, None])
-        p = p / tl.sum(p, 1)[:, None]
-        s_mean, _ = across_lanes(s_mean, 0.0, C, BLOCK_C)
-        rounded = p.to(x_rows.dtype.element_ty).to(tl.float32)
-        mean += gate_av * tl.sum(rounded * s_mean[None, :], 1)
-    return p, mean
+            offs, mask_c = columns(t, C_G, CHUNK)
+            s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
+            tile += gate_av * tl.dot(p, s, input_precision="tf32x3")
+        tiles += (tile,)
+    return tiles
+
+
+@triton.jit
+def moments(tiles, EPS: tl.constexpr, C: tl.constexpr, C_G: tl.constexpr, CHUNK: tl.constexpr):
+    """Each row's mean and 1 / deviation; 0 and 1 where EPS is None. Tiles are zero outside of the channels."""
+    mean = tl.zeros((tiles[0].shape[0],), tl.float32)
+    rstd = tl.full((tiles[0].shape[0],), 1.0, tl.float32)
+    if EPS is not None:
+        total = tl.zeros(tiles[0].shape, tl.float32)
+        for t in tl.static_range(len(tiles)):
+            total += tiles[t].to(tl.float32)
+        mean = tl.sum(total, 1) / C
+        squares = tl.zeros(tiles[0].shape, tl.float32)
+        for t in tl.static_range(len(tiles)):
+            _, mask_c = columns(t, C_G, CHUNK)
+            delta = tl.where(mask_c[None, :], tiles[t].to(tl.float32) - mean[:, None], 0.0)
+            squares += delta * delta
+        rstd = tl.rsqrt(tl.sum(squares, 1) / C + EPS)
+    return mean, rstd
+
+
+@triton.jit
+def down_product(
+    x,
+    mean,
+    rstd,
+    w,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    C_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """down(LN_before(x)), float32: for each group its tiles (BLOCK_N, BLOCK_D)."""
+    TRIPS: tl.constexpr = len(x) // GROUPS
+    D_G: tl.constexpr = D // GROUPS
+    products = ()
+    for g in tl.static_range(GROUPS):
+        u = ()
+        for k in tl.static_range(TRIPS):
+            offs, mask_c = columns(g * TRIPS + k, C_G, CHUNK)
+            tile = x[g * TRIPS + k]
+            if EPS.ln_before is not None:
+                tile = affine((tile - mean[:, None]) * rstd[:, None], w.ln_before, offs, mask_c)
+            u += (tile.to(dtype),)
+        for part in tl.static_range((D_G + BLOCK_D - 1) // BLOCK_D):
+            product = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            for k in tl.static_range(TRIPS):
+                down_ptrs, mask = down_tile(w.down, g, part, k, C_G, CHUNK, D_G, BLOCK_D)
+                down = tl.load(down_ptrs, mask=mask, other=0.0)
+                product = tl.dot(u[k], down.T, product, input_precision="tf32x3")
+            products += (product,)
+    return products
+
+
+@triton.jit
+def down_tile(
+    down_ptr,
+    g: tl.constexpr,
+    part: tl.constexpr,
+    k: tl.constexpr,
+    C_G: tl.constexpr,
+    CHUNK: tl.constexpr,
+    D_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Pointers and mask (BLOCK_D, CHUNK) of one tile of down (D, C / G)."""
+    offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_c = k * CHUNK + tl.arange(0, CHUNK)
+    mask = (offs_d < D_G)[:, None] & (offs_c < C_G)[None, :]
+    return down_ptr + (g * D_G + offs_d)[:, None] * C_G + offs_c[None, :], mask
+
+
+@triton.jit
+def up_tile(up_ptr, offs, mask_c, part: tl.constexpr, D_G: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers and mask (CHUNK, BLOCK_D) of one tile of up (C, D / G)."""
+    offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = mask_c[:, None] & (offs_d < D_G)[None, :]
+    return up_ptr + offs[:, None] * D_G + offs_d[None, :], mask
+
+
+@triton.jit
+def up_product(
+    hidden,
+    up_ptr,
+    TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    C_G: tl.constexpr,
+    D_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """up(hidden), a tuple of TILES tiles, float32; hidden: for each group its tiles, as `down_product` has them."""
+    PARTS: tl.constexpr = len(hidden) // GROUPS
+    tiles = ()
+    for t in tl.static_range(TILES):
+        offs, mask_c = columns(t, C_G, CHUNK)
+        z = tl.zeros((BLOCK_N, CHUNK), tl.float32)
+        for part in tl.static_range(PARTS):
+            up_ptrs, mask = up_tile(up_ptr, offs, mask_c, part, D_G, BLOCK_D)
+            up = tl.load(up_ptrs, mask=mask, other=0.0)
+            z = tl.dot(hidden[t // (TILES // GROUPS) * PARTS + part], up.T, z, input_precision="tf32x3")
+        tiles += (z,)
+    return tiles
+
+
+@triton.jit
+def activated(h, norm, EPS: tl.constexpr, offs, mask, dtype: tl.constexpr):
+    """a = ReLU(BN1(h)) for these of the bottleneck's channels, rounded."""
+    a = batch_norm(h.to(tl.float32), norm, EPS, offs, mask)
+    return tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@triton.jit
+def bottleneck(
+    h, norm, EPS: tl.constexpr, GROUPS: tl.constexpr, D_G: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr
+):
+    """a = ReLU(BN1(h)), rounded; h as `down_product` has it."""
+    PARTS: tl.constexpr = len(h) // GROUPS
+    hidden = ()
+    for i in tl.static_range(len(h)):
+        offs_d = i % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
+        hidden += (activated(h[i], norm, EPS, i // PARTS * D_G + offs_d, offs_d < D_G, dtype),)
+    return hidden
+
+
+@triton.jit
+def finish(
+    out_rows,
+    x_rows,
+    branch_rows,
+    mask_n,
+    hidden,
+    w,
+    gate,
+    post_norm,
+    EPS: tl.constexpr,
+    TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """X + PostNorm(B) + g LN_after(BN2(up(hidden))), written."""
+    C_G: tl.constexpr = C // GROUPS
+    D_G: tl.constexpr = D // GROUPS
+    dtype: tl.constexpr = out_rows.dtype.element_ty
+    HELD: tl.constexpr = dtype if C > WIDE else tl.float32
+    # X and B are read once more at the end, out of L1 or L2: held until then, they would not leave enough registers.
+    b_mean, b_rstd = moments(load_tiles(branch_rows, 1, mask_n, TILES, C_G, CHUNK), EPS.post_norm, C, C_G, CHUNK)
+    products = up_product(hidden, w.up, TILES, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
+    z = ()
+    for t in tl.static_range(TILES):
+        if C > WIDE:
+            tl.debug_barrier()
+        offs, mask_c = columns(t, C_G, CHUNK)
+        z += (tl.where(mask_c[None, :], batch_norm(products[t], w.bn2, EPS.bn2, offs, mask_c), 0.0).to(HELD),)
+    mean, rstd = moments(z, EPS.ln_after, C, C_G, CHUNK)
+    for t in tl.static_range(TILES):
+        if C > WIDE:
+            tl.debug_barrier()  # else all tiles are loaded ahead
+        offs, mask_c = columns(t, C_G, CHUNK)
+        mask = mask_n & mask_c[None, :]
+        b = tl.load(branch_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)
+        if EPS.post_norm is not None:
+            b = affine((b - b_mean[:, None]) * b_rstd[:, None], post_norm, offs, mask_c)
+        y = z[t].to(tl.float32)
+        if EPS.ln_after is not None:
+            y = affine((y - mean[:, None]) * rstd[:, None], w.ln_after, offs, mask_c)
+        x = tl.load(x_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_rows + offs[None, :], (x + b + gate * y).to(dtype), mask=mask)

@@ -11,31 +11,33 @@ from typing import Any
 import torch
 
 DEFAULTS: dict[str, list[dict[str, Any]]] = {
-    "adapter": [  # width: of the bottleneck, D
-        {"bytes": 2, "width": 96, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
-        {"bytes": 2, "width": 192, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
-        {"bytes": 2, "width": 384, "BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
-        {"bytes": 4, "width": 384, "BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
+    "adapter": [  # width: of the stream, C
+        {"bytes": 2, "width": 192, "BLOCK_N": 64, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 384, "BLOCK_N": 32, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 768, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 2048, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 128, "num_warps": 16},
+        {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 4},
     ],
     "adapter_training": [  # width: as of adapter
-        {"bytes": 2, "width": 48, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
-        {"bytes": 2, "width": 96, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
-        {"bytes": 2, "width": 192, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
-        {"bytes": 2, "width": 384, "BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
-        {"bytes": 4, "width": 384, "BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
+        {"bytes": 2, "width": 192, "BLOCK_N": 64, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 384, "BLOCK_N": 32, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 768, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 2048, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 128, "num_warps": 16},
+        {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 4},
     ],
     "adapter_training_bwd": [  # width: as of adapter
-        {"bytes": 2, "width": 96, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
-        {"bytes": 2, "width": 192, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
-        {"bytes": 2, "width": 384, "BLOCK_N": 32, "BLOCK_C": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
-        {"bytes": 4, "width": 384, "BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1},
+        {"bytes": 2, "width": 192, "BLOCK_N": 32, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 384, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 768, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 2048, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 128, "num_warps": 16},
+        {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 4},
     ],
     "gather_latents": [
         {"bytes": 2, "width": 2048, "most_tokens": 256, "chunk": 18432, "num_warps": 4, "num_stages": 3},
         {"bytes": 4, "width": 2048, "most_tokens": 192, "chunk": 5120, "num_warps": 4, "num_stages": 3},
     ],
     "gather_latents_bwd": [  # beside the forward's tiling
-        {"bytes": 2, "width": 2048, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+        {"bytes": 2, "width": 2048, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
         {"bytes": 4, "width": 2048, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2},
     ],
     "window_attention": [  # width: tokens of a window, twice for heads wider than 32
@@ -59,12 +61,13 @@ ROWS: dict[tuple[str, int, str, int], dict[str, Any]] = {}
 # What tuning tries: every combination of an op's values.
 CANDIDATES: dict[str, dict[str, tuple]] = {
     "adapter": {
-        "BLOCK_N": (16, 32, 64, 128),
-        "BLOCK_C": (32, 64),
+        "BLOCK_N": (16, 32, 64),
+        "CHUNK": (32, 64, 128),
         "BLOCK_D": (64,),
-        "num_warps": (4, 8),
-        "num_stages": (1, 2, 3),
+        "num_warps": (4, 8, 16),
     },
+    "adapter_training": {"BLOCK_N": (16, 32), "CHUNK": (32, 64, 128), "BLOCK_D": (64,), "num_warps": (4, 8, 16)},
+    "adapter_training_bwd": {"BLOCK_N": (16, 32), "CHUNK": (32, 64, 128), "BLOCK_D": (64,), "num_warps": (4, 8, 16)},
     "gather_latents": {
         "most_tokens": (64, 128, 256),
         "chunk": (9216, 18432),

@@ -7,22 +7,17 @@ X, B, out (n, N, C): the stream, the frozen branch before its post-norm, the res
 down (D, C / G), up (C, D / G): products by group. S, every norm and g may be absent. Each stream has its own S and
 weights; the post-norm is the frozen block's, one for both. BatchNorms go by their running statistics.
 
-A program owns BLOCK_N tokens of one image of one stream. It walks their C channels in chunks, up to four times:
+A program owns BLOCK_N tokens of one image of one stream and holds their rows whole, in registers (see _tiles.py): the
+logits X Sᵀ, X' and its norm, down; then up, its norm, and the sum. 12288 to 24576 numbers of a stream are what a
+program holds, so few tokens of wide streams, and its products are of 16 rows at least.
 
-1. the logits X Sᵀ; the means of X and S; mean and deviation of B.
-2. down, of X' less its mean. LN_before needs no walk of its own: X' is linear in X and S, so that its mean is known
-   from theirs, and its deviation is a factor of the token, gathered on the way and applied to the product.
-3. for LN_after: mean and deviation of z = BN2(up(hidden)).
-4. z once more, since up's weights are fewer bytes than a stored z, and the sum.
+float32: logits, softmax, X', statistics, norms, gates, the sum. Rounded to the streams' type: softmax(X Sᵀ), what goes
+into down and into up, and out. Variances are of differences to the mean, so that a large mean costs no digits.
 
-float32: logits, softmax, statistics, norms, gates, the sum. Rounded to the streams' type: softmax(X Sᵀ), what goes into
-down (before the division by the deviation: in float16 it must not pass 65504) and into up, and out. Deviations are of
-differences to a running mean (Welford), so that a large mean costs no digits.
-
-Bytes: device memory gives X and B and takes out once each, 6 C a token in 16 bits, the least. L2 gives X three times, B
-twice and, to BLOCK_N tokens together, 3 C D / G weights: 11 KB a token at C = 768, D / G = 48, BLOCK_N = 64.
-FLOPs: 4 C m + 6 C D / G a token, of which 2 C D / G are walk 3's, beyond the least; m and D / G are padded to BLOCK_M
-and to a multiple of BLOCK_D.
+Bytes: device memory gives X and B and takes out once each, 6 C a token in 16 bits, the least. L2 gives X once more for
+the sum and, to BLOCK_N tokens together, 4 C D / G of weights and 4 C m of S: 11 KB a token at C = 768, D / G = 48,
+BLOCK_N = 16, which is as long on its way from L2 as the streams from device memory.
+FLOPs: 4 C m + 4 C D / G a token, with m and D / G padded to powers of two from 16 on.
 """
 
 from __future__ import annotations
@@ -36,24 +31,24 @@ from lavish_fast.kernels import _checks, _launch, _tuning
 from lavish_fast.kernels._tiles import (
     BatchNorm,
     Norm,
-    across_lanes,
-    batch_norm,
+    block,
+    bottleneck,
+    chunk,
     down_product,
+    finish,
     gate_of,
-    layer_norm,
+    load_tiles,
+    moments,
+    place,
+    seen,
+    softmax_of_latents,
     token_rows,
-    up_product,
-    welford,
 )
 from lavish_fast.kernels._weights import NORMS, Eps, Weights, mismatches, tensors, unflattened
 from torch import Tensor
 
-
-@triton.jit
-def _up(hidden, g: tl.constexpr, w, EPS: tl.constexpr, offs, mask_c, D_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    """z = BN2(up(hidden)) for the channels `offs` of group g; hidden: the tiles of a group after the other."""
-    z = up_product(hidden, g * ((D_G + BLOCK_D - 1) // BLOCK_D), w.up, offs, mask_c, D_G, BLOCK_D)
-    return batch_norm(z, w.bn2, EPS.bn2, offs, mask_c)
+_WIDEST = {2: 1536, 4: 192}  # channels whose rows fit in registers, by bytes of an element
+_BOTTLENECK = 384
 
 
 @triton.jit(do_not_specialize=["images"])
@@ -73,7 +68,6 @@ def _adapter_fwd(
     stride_s_m,
     images,
     N,
-    channels,
     C: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -82,120 +76,38 @@ def _adapter_fwd(
     EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    num_stages: tl.constexpr,
 ):
     C_G: tl.constexpr = C // GROUPS
     D_G: tl.constexpr = D // GROUPS
-    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
-    dtype = out_ptr.dtype.element_ty
-    blocks = tl.cdiv(N, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    image = (tl.program_id(0) // blocks % images).to(tl.int64)
-    stream = tl.program_id(0) // blocks // images
-
+    TILES: tl.constexpr = GROUPS * ((C_G + CHUNK - 1) // CHUNK)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    stream, image, offs_n = place(images, N, BLOCK_N)
     # Pointers are chosen, not code: both streams run the same instructions.
     w = weights[0]
     if stream == 1:
         w = weights[STREAMS - 1]
     gate_av = tl.where(stream == 0, gate_of(gates_av[0]), gate_of(gates_av[STREAMS - 1]))
     gate = tl.where(stream == 0, gate_of(gates[0]), gate_of(gates[STREAMS - 1]))
-    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = (offs_n < N)[:, None]
     x_rows = token_rows(xs, x_strides, stream, image, offs_n, STREAMS)
     branch_rows = token_rows(branches, branch_strides, stream, image, offs_n, STREAMS)
     out_rows = out_ptr + ((stream * images + image) * N + offs_n)[:, None] * C
+
+    x = load_tiles(x_rows, 1, mask_n, TILES, C_G, CHUNK)
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = (offs_m < M)[:, None]
-    s_rows = None
+    s_rows, p = None, None
     if summaries_ptr is not None:
         s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
-
-    # 1. Every lane of a tile keeps the statistics of the channels it sees; they meet at the end.
-    zeros = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    x_mean, b_mean, b_m2 = zeros, zeros, zeros
-    s_mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    logits = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in tl.range(0, GROUPS * channels, BLOCK_C, num_stages=num_stages):
-        offs_c = start + tl.arange(0, BLOCK_C)[None, :]
-        mask = mask_n & (offs_c < C)
-        x = tl.load(x_rows + offs_c, mask=mask, other=0.0)
-        x_mean, _ = welford(x_mean, 0.0, x.to(tl.float32), start, C, BLOCK_C)
-        if summaries_ptr is not None:
-            s = tl.load(s_rows + offs_c, mask=mask_m & (offs_c < C), other=0.0)
-            s_mean, _ = welford(s_mean, 0.0, s.to(tl.float32), start, C, BLOCK_C)
-            logits = tl.dot(x, s.T, logits, input_precision="ieee")
-        if EPS.post_norm is not None:
-            b = tl.load(branch_rows + offs_c, mask=mask, other=0.0).to(tl.float32)
-            b_mean, b_m2 = welford(b_mean, b_m2, b, start, C, BLOCK_C)
-    mean, _ = across_lanes(x_mean, 0.0, C, BLOCK_C)
-    b_mean, b_m2 = across_lanes(b_mean, b_m2, C, BLOCK_C)
-    p = logits
-    if summaries_ptr is not None:
-        logits = tl.where((offs_m < M)[None, :], logits, float("-inf"))
-        p = tl.exp(logits - tl.max(logits, 1)[:, None])
-        p = (p / tl.sum(p, 1)[:, None]).to(dtype)
-        s_mean, _ = across_lanes(s_mean, 0.0, C, BLOCK_C)
-        mean += gate_av * tl.sum(p.to(tl.float32) * s_mean[None, :], 1)
-
-    # 2. All groups' products stay until the factor of each token is known.
-    products = down_product(
-        x_rows,
-        mask_n,
-        s_rows,
-        mask_m,
-        p,
-        gate_av,
-        mean,
-        w,
-        EPS,
-        channels,
-        C,
-        D,
-        GROUPS,
-        BLOCK_N,
-        BLOCK_C,
-        BLOCK_D,
-        num_stages,
-    )
-
-    hidden = ()  # PARTS tiles for each group
-    for part in tl.static_range(GROUPS * PARTS):
-        offs_d = part % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
-        h = batch_norm(products[part], w.bn1, EPS.bn1, part // PARTS * D_G + offs_d, offs_d < D_G)
-        hidden += (tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype),)
-
-    # 3. The statistics of z, each group's merged with those before it.
-    mean = tl.zeros((BLOCK_N,), tl.float32)
-    m2 = tl.zeros((BLOCK_N,), tl.float32)
-    if EPS.ln_after is not None:
-        for g in tl.static_range(GROUPS):
-            z_mean, z_m2 = zeros, zeros
-            for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
-                offs_c = start + tl.arange(0, BLOCK_C)
-                z = _up(hidden, g, w, EPS, g * C_G + offs_c, offs_c < C_G, D_G, BLOCK_D)
-                z_mean, z_m2 = welford(z_mean, z_m2, z, start, C_G, BLOCK_C)
-            z_mean, z_m2 = across_lanes(z_mean, z_m2, C_G, BLOCK_C)
-            delta = z_mean - mean
-            mean += delta / (g + 1)
-            m2 += z_m2 + delta * delta * (C_G * g / (g + 1))
-
-    # 4. The sum.
-    for g in tl.static_range(GROUPS):
-        for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < C_G
-            offs = g * C_G + offs_c
-            mask = mask_n & mask_c[None, :]
-            x = tl.load(x_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(branch_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)
-            if EPS.post_norm is not None:
-                b = layer_norm(b, b_mean, b_m2, post_norm, EPS.post_norm, C, offs, mask_c)
-            z = _up(hidden, g, w, EPS, offs, mask_c, D_G, BLOCK_D)
-            if EPS.ln_after is not None:
-                z = layer_norm(z, mean, m2, w.ln_after, EPS.ln_after, C, offs, mask_c)
-            tl.store(out_rows + offs[None, :], (x + b + gate * z).to(dtype), mask=mask)
+        p = softmax_of_latents(x, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK).to(dtype)
+    x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK)
+    mean, rstd = moments(x, EPS.ln_before, C, C_G, CHUNK)
+    h = down_product(x, mean, rstd, w, EPS, D, GROUPS, C_G, BLOCK_N, CHUNK, BLOCK_D, dtype)
+    hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, dtype)
+    rows = out_rows, x_rows, branch_rows, mask_n
+    finish(*rows, hidden, w, gate, post_norm, EPS, TILES, GROUPS, C, D, BLOCK_N, CHUNK, BLOCK_D)
 
 
 def launches(
@@ -208,15 +120,13 @@ def launches(
     eps: Sequence[float],
     architecture: int,
 ) -> list[_launch.Launch]:
-    """The one launch. Its constants go by the bottleneck's width: D numbers of a token stay in registers."""
+    """The one launch."""
     streams, n, N, C = out.shape
     D, channels = weights[0].down.shape
     latents = 0 if summaries is None else summaries.shape[2]
     norms = *(getattr(weights[0], name) for name in NORMS), post_norm
-    constants, _ = _tuning.row("adapter", architecture, out.dtype, D)
-    for name, size in {"BLOCK_N": N, "BLOCK_C": channels, "BLOCK_D": D * channels // C}.items():
-        constants[name] = min(constants[name], _block(size))
-    constants |= {"BLOCK_M": _block(latents), "C": C, "D": D, "M": latents, "GROUPS": C // channels, "STREAMS": streams}
+    constants = tiling("adapter", architecture, out.dtype, N, C, D, C // channels)
+    constants |= {"BLOCK_M": block(latents), "M": latents, "STREAMS": streams}
     constants["EPS"] = Eps(*(None if norm is None else value for norm, value in zip(norms, eps)))
     filled = [w._replace(**{name: getattr(w, name) or kind() for name, kind in NORMS.items()}) for w in weights]
     args = (
@@ -233,16 +143,18 @@ def launches(
         *((0, 0, 0) if summaries is None else summaries.stride()[:3]),
         n,
         N,
-        # A bound that the compiler does not know keeps it from unrolling the walks, which spills. The interpreter
-        # (no architecture) cannot take one.
-        channels if architecture else tl.constexpr(channels),
     )
     grid = (streams * n * triton.cdiv(N, constants["BLOCK_N"]),)
     return [_launch.Launch(_adapter_fwd, grid, args, constants)]
 
 
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))  # tl.dot takes no less
+def tiling(op: str, architecture: int, dtype: torch.dtype, N: int, C: int, D: int, groups: int) -> dict:
+    """What the launches of the adapters' kernels have in common; op: whose tuning rows."""
+    constants, _ = _tuning.row(op, architecture, dtype, C)
+    constants["BLOCK_N"] = min(constants["BLOCK_N"], block(N))
+    constants["BLOCK_D"] = min(constants["BLOCK_D"], block(D // groups))
+    constants["CHUNK"] = chunk(C // groups, constants["CHUNK"])
+    return constants | {"C": C, "D": D, "GROUPS": groups}
 
 
 def reasons(
@@ -271,9 +183,11 @@ def reasons(
     groups = max(C // max(channels, 1), 1)
     if groups not in (1, 2, 4) or groups * channels != C or D % groups:
         found.append(f"expected 1, 2 or 4 groups of equal widths, got {C} channels and a down of {(D, channels)}")
-    widths = [row["width"] for row in _tuning.DEFAULTS["adapter"] if row["bytes"] >= xs[0].dtype.itemsize]
-    if widths and max(widths) < D:
-        found.append(f"expected a bottleneck of at most {max(widths)} in {xs[0].dtype}, got {D}")
+    widest = _WIDEST.get(xs[0].element_size(), 0)
+    if xs[0].is_cuda and widest < C:
+        found.append(f"expected at most {widest} channels in {xs[0].dtype}, whose rows fit in registers, got {C}")
+    if D > _BOTTLENECK:
+        found.append(f"expected a bottleneck of at most {_BOTTLENECK}, got {D}")
     latents = 1 if summaries is None else summaries.shape[2]
     if not 1 <= latents <= 64:
         found.append(f"expected 1 to 64 latents, got {latents}")
@@ -348,7 +262,7 @@ def builds(architecture: int) -> Iterator[tuple[str, list[_launch.Launch]]]:
     cases += [(torch.bfloat16, width, {"reduction": 4, "latents": 16}) for width in (768, 1536)]
     cases += [(torch.bfloat16, 768, {"groups": 4, "latents": 64}), (torch.bfloat16, 768, {"groups": 1})]
     cases += [(torch.bfloat16, 768, {"norms": norms}) for norms in ("folded", "none")]
-    cases += [(torch.float16, 384, {}), (torch.float32, 768, {}), (torch.float32, 1536, {})]
+    cases += [(torch.float16, 384, {}), (torch.float32, 192, {})]
     for dtype, width, options in cases:
         name = " ".join(str(part) for part in (dtype, width, *(f"{k} {v}" for k, v in options.items())))
         yield name.removeprefix("torch."), _build(dtype, width, architecture, **options)

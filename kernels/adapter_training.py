@@ -6,16 +6,15 @@
 Shapes as there; R = n N tokens of a stream. BatchNorms go by the mean and the biased variance of the stream's own R
 tokens, or by the running ones, constants then. The post-norm is frozen and has no gradients.
 
-Forward: `_adapter_down`, a program for BLOCK_N tokens of one image of one stream, walks C twice as the evaluation's
-kernel does, and leaves h and the mean and squared deviations of its tokens' h, as float32 has them before rounding;
-torch merges those (Chan et al.). BN2's statistics come without z0, which is linear in a: with m and K the mean and the
-covariance of a, float32 and taken of differences to m, the mean of z0 is up m and its variance up_c K up_cᵀ for each
-channel. Then the evaluation's kernel runs with these statistics: it has X to read for the sum anyway.
+Forward: `_adapter_down`, a program for BLOCK_N tokens of one image of one stream, holds their rows whole as the
+evaluation's kernel does, and leaves h and the mean and squared deviations of its tokens' h, as float32 has them before
+rounding; torch merges those (Chan et al.). BN2's statistics come without z0, which is linear in a: `_adapter_gram` sums
+the products of a - a₀, a₀ the first token's, of which torch makes a's mean m and covariance K; the mean of z0 is up m
+and its variance up_c K up_cᵀ for each channel. `_adapter_up` goes on from h: up, BN2, LN_after and the sum.
 
-Saved for the backward: X, B where it has a post-norm, S, h and the statistics, 2 D bytes a token in 16 bits beside
-what the caller has. float32: as in kernels/adapter.py; h is rounded to the streams' type.
-Bytes a token in 16 bits: X once more than in evaluation, 2 C, 2 D for h, and some 45 D of torch's passes over width D.
-FLOPs: 2 C D / G + 4 C m more.
+Saved for the backward: X, B where it has a post-norm, S, h, the statistics, m and K: 2 D bytes a token in 16 bits
+beside what the caller has. float32: as in kernels/adapter.py; h is rounded to the streams' type.
+Bytes a token in 16 bits: X twice, B, out: 8 C, and 6 D for h. FLOPs: 4 C D / G + 4 C m + 2 D² / G.
 """
 
 from __future__ import annotations
@@ -27,10 +26,35 @@ import torch
 import triton
 import triton.language as tl
 from lavish_fast.kernels import _checks, _launch, adapter
-from lavish_fast.kernels._tiles import BatchNorm, Norm, attend, down_product, gate_of, place, token_rows
-from lavish_fast.kernels._weights import NORMS, Weights, tensors, unflattened
-from lavish_fast.kernels.adapter_training_bwd import Layout, block, down_launch, layout, ungated, up_launch
+from lavish_fast.kernels._tiles import (
+    BatchNorm,
+    Norm,
+    activated,
+    block,
+    bottleneck,
+    down_product,
+    finish,
+    gate_of,
+    load_tiles,
+    moments,
+    place,
+    seen,
+    softmax_of_latents,
+    token_rows,
+)
+from lavish_fast.kernels._weights import NORMS, Eps, Weights, tensors, unflattened
+from lavish_fast.kernels.adapter_training_bwd import (
+    TOKENS,
+    Shared,
+    branch_launch,
+    down_launch,
+    load_bottleneck,
+    mid_launch,
+    up_launch,
+)
 from torch import Tensor
+
+_GRAMS = 64  # programs at most that share a stream's tokens
 
 
 class Statistics(NamedTuple):
@@ -55,7 +79,6 @@ def _adapter_down(
     stride_s_m,
     images,
     N,
-    channels,
     C: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -64,55 +87,38 @@ def _adapter_down(
     EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    num_stages: tl.constexpr,
 ):
+    C_G: tl.constexpr = C // GROUPS
     D_G: tl.constexpr = D // GROUPS
     PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
-    dtype = h_ptr.dtype.element_ty
+    TILES: tl.constexpr = GROUPS * ((C_G + CHUNK - 1) // CHUNK)
+    dtype: tl.constexpr = h_ptr.dtype.element_ty
     stream, image, offs_n = place(images, N, BLOCK_N)
     w = weights[0]
     if stream == 1:
         w = weights[STREAMS - 1]
     gate_av = tl.where(stream == 0, gate_of(gates_av[0]), gate_of(gates_av[STREAMS - 1]))
     mask_n = (offs_n < N)[:, None]
-    x_rows = token_rows(xs, x_strides, stream, image, offs_n, STREAMS)
     h_rows = h_ptr + ((stream * images + image) * N + offs_n)[:, None] * D
     parts = parts_ptr + tl.program_id(0).to(tl.int64) * 2 * D
+
+    x = load_tiles(token_rows(xs, x_strides, stream, image, offs_n, STREAMS), 1, mask_n, TILES, C_G, CHUNK)
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = (offs_m < M)[:, None]
-    s_rows = None
+    s_rows, p = None, None
     if summaries_ptr is not None:
         s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
-
-    p, mean = attend(
-        x_rows, mask_n, s_rows, mask_m, gate_av, GROUPS * channels, C, M, BLOCK_N, BLOCK_M, BLOCK_C, num_stages
-    )
-    products = down_product(
-        x_rows,
-        mask_n,
-        s_rows,
-        mask_m,
-        p.to(dtype),
-        gate_av,
-        mean,
-        w,
-        EPS,
-        channels,
-        C,
-        D,
-        GROUPS,
-        BLOCK_N,
-        BLOCK_C,
-        BLOCK_D,
-        num_stages,
-    )
+        p = softmax_of_latents(x, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK).to(dtype)
+    x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK)
+    mean, rstd = moments(x, EPS.ln_before, C, C_G, CHUNK)
+    products = down_product(x, mean, rstd, w, EPS, D, GROUPS, C_G, BLOCK_N, CHUNK, BLOCK_D, dtype)
     count = tl.sum(mask_n.to(tl.float32), 0)
-    for part in tl.static_range(GROUPS * PARTS):
-        offs_d = part % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
-        offs, mask_d = part // PARTS * D_G + offs_d, offs_d < D_G
-        h = products[part]
+    for i in tl.static_range(GROUPS * PARTS):
+        offs_d = i % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
+        offs, mask_d = i // PARTS * D_G + offs_d, offs_d < D_G
+        h = products[i]
         tl.store(h_rows + offs[None, :], h.to(dtype), mask=mask_n & mask_d[None, :])
         h_mean = tl.sum(tl.where(mask_n, h, 0.0), 0) / count
         delta = tl.where(mask_n, h - h_mean[None, :], 0.0)
@@ -120,8 +126,133 @@ def _adapter_down(
         tl.store(parts + D + offs, tl.sum(delta * delta, 0), mask=mask_d)
 
 
+@triton.jit
+def _difference(h_rows, mask_n, first, bn1, EPS: tl.constexpr, offs, mask_d, dtype: tl.constexpr):
+    """a - a₀ of these rows, float32, zero outside."""
+    mask = mask_n & mask_d[None, :]
+    a = activated(tl.load(h_rows + offs[None, :], mask=mask, other=0.0), bn1, EPS, offs, mask_d, dtype)
+    return tl.where(mask, a.to(tl.float32) - first, 0.0)
+
+
+@triton.jit(do_not_specialize=["R", "tokens"])
+def _adapter_gram(
+    firsts_ptr,  # (streams, D) float32: a₀
+    sums_ptr,  # (streams, programs, D) float32: of a - a₀ over a program's tokens
+    grams_ptr,  # (streams, programs, G, D / G, D / G) float32: of their products
+    h_ptr,  # (streams, R, D)
+    weights,
+    R,
+    tokens,  # of a program
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    D_G: tl.constexpr = D // GROUPS
+    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
+    dtype: tl.constexpr = h_ptr.dtype.element_ty
+    stream = tl.program_id(2)
+    w = weights[0]
+    if stream == 1:
+        w = weights[STREAMS - 1]
+    group = tl.program_id(1) // (PARTS * PARTS)
+    part_i = tl.program_id(1) // PARTS % PARTS
+    part_j = tl.program_id(1) % PARTS
+    offs_i = part_i * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_j = part_j * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_i, mask_j = offs_i < D_G, offs_j < D_G
+    channels_i, channels_j = group * D_G + offs_i, group * D_G + offs_j
+    h_ptr += stream.to(tl.int64) * R * D
+    first_i = tl.load(h_ptr + channels_i[None, :], mask=mask_i[None, :], other=0.0)
+    first_i = activated(first_i, w.bn1, EPS.bn1, channels_i, mask_i, dtype).to(tl.float32)
+    first_j = tl.load(h_ptr + channels_j[None, :], mask=mask_j[None, :], other=0.0)
+    first_j = activated(first_j, w.bn1, EPS.bn1, channels_j, mask_j, dtype).to(tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    gram = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    start = tl.program_id(0) * tokens
+    for offset in range(0, tokens, BLOCK_R):
+        offs_r = start + offset + tl.arange(0, BLOCK_R)
+        mask_n = (offs_r < tl.minimum(start + tokens, R))[:, None]
+        h_rows = h_ptr + offs_r.to(tl.int64)[:, None] * D
+        a_i = _difference(h_rows, mask_n, first_i, w.bn1, EPS.bn1, channels_i, mask_i, dtype)
+        a_j = _difference(h_rows, mask_n, first_j, w.bn1, EPS.bn1, channels_j, mask_j, dtype)
+        total += tl.sum(a_i, 0)
+        gram = tl.dot(a_i.T, a_j, gram, input_precision="tf32x3")
+    place = stream.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    if part_j == 0:
+        tl.store(sums_ptr + place * D + channels_i, total, mask=mask_i)
+        if tl.program_id(0) == 0:
+            tl.store(firsts_ptr + stream * D + channels_i[None, :], first_i, mask=mask_i[None, :])
+    gram_rows = grams_ptr + ((place * GROUPS + group) * D_G + offs_i)[:, None] * D_G
+    tl.store(gram_rows + offs_j[None, :], gram, mask=mask_i[:, None] & mask_j[None, :])
+
+
+@triton.jit(do_not_specialize=["images"])
+def _adapter_up(
+    out_ptr,
+    h_ptr,
+    xs,
+    branches,
+    weights,
+    gates,
+    post_norm,
+    x_strides,
+    branch_strides,
+    images,
+    N,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    D_G: tl.constexpr = D // GROUPS
+    TILES: tl.constexpr = GROUPS * ((C // GROUPS + CHUNK - 1) // CHUNK)
+    stream, image, offs_n = place(images, N, BLOCK_N)
+    w = weights[0]
+    if stream == 1:
+        w = weights[STREAMS - 1]
+    gate = tl.where(stream == 0, gate_of(gates[0]), gate_of(gates[STREAMS - 1]))
+    mask_n = (offs_n < N)[:, None]
+    token = ((stream * images + image) * N + offs_n)[:, None]
+    x_rows = token_rows(xs, x_strides, stream, image, offs_n, STREAMS)
+    branch_rows = token_rows(branches, branch_strides, stream, image, offs_n, STREAMS)
+    h = load_bottleneck(h_ptr + token * D, mask_n, GROUPS, D_G, BLOCK_D)
+    hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, out_ptr.dtype.element_ty)
+    rows = out_ptr + token * C, x_rows, branch_rows, mask_n
+    finish(*rows, hidden, w, gate, post_norm, EPS, TILES, GROUPS, C, D, BLOCK_N, CHUNK, BLOCK_D)
+
+
+def _shared(
+    op: str,
+    xs: Sequence[Tensor],
+    weights: Sequence[Weights],
+    post_norm: Norm | None,
+    eps: Sequence[float],
+    architecture: int,
+) -> Shared:
+    """op: whose tuning rows."""
+    n, N, C = xs[0].shape
+    D, channels = weights[0].down.shape
+    norms = *(getattr(weights[0], name) for name in NORMS), post_norm
+    constants = adapter.tiling(op, architecture, xs[0].dtype, N, C, D, C // channels) | {"STREAMS": len(xs)}
+    constants["EPS"] = Eps(*(None if norm is None else value for norm, value in zip(norms, eps)))
+    filled = (w._replace(**{name: getattr(w, name) or kind() for name, kind in NORMS.items()}) for w in weights)
+    return Shared(n, N, tuple(w._replace(gate_av=None, gate=None) for w in filled), constants)
+
+
 def _down_launch(
-    h: Tensor, parts: Tensor, xs: Sequence[Tensor], summaries: Tensor | None, shared: Layout
+    h: Tensor,
+    parts: Tensor,
+    xs: Sequence[Tensor],
+    summaries: Tensor | None,
+    gates_av: Sequence[Tensor | None],
+    shared: Shared,
 ) -> _launch.Launch:
     latents = 0 if summaries is None else summaries.shape[2]
     args = (
@@ -129,19 +260,60 @@ def _down_launch(
         parts,
         tuple(xs),
         summaries,
-        tuple(w.gate_av for w in shared.weights),
-        ungated(shared.weights),
+        tuple(gates_av),
+        shared.weights,
         tuple(x.stride()[:2] for x in xs),
         *((0, 0, 0) if summaries is None else summaries.stride()[:3]),
         shared.images,
         shared.N,
-        shared.channels,
     )
-    constants = shared.constants | {"M": latents, "BLOCK_M": block(latents)}
-    return _launch.Launch(_adapter_down, (shared.programs,), args, constants)
+    return shared.launch(_adapter_down, args, M=latents, BLOCK_M=block(latents))
 
 
-def _merged(parts: Tensor, shared: Layout) -> Tensor:
+def _gram_launch(firsts: Tensor, sums: Tensor, grams: Tensor, h: Tensor, shared: Shared) -> _launch.Launch:
+    """h (streams, R, D); the rest as the kernel has them."""
+    programs, R = sums.shape[1], h.shape[1]
+    constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS", "BLOCK_D")}
+    constants["BLOCK_D"] = min(constants["BLOCK_D"], 64)
+    parts = triton.cdiv(constants["D"] // constants["GROUPS"], constants["BLOCK_D"])
+    grid = programs, constants["GROUPS"] * parts * parts, len(h)
+    # The interpreter takes no bound that it does not know.
+    tokens = tl.constexpr(_tokens(R)) if h.is_cpu else _tokens(R)
+    args = firsts, sums, grams, h, shared.weights, R, tokens
+    return _launch.Launch(_adapter_gram, grid, args, constants | {"BLOCK_R": TOKENS, "num_warps": 4})
+
+
+def _tokens(R: int) -> int:
+    """Of a program of `_adapter_gram`."""
+    return TOKENS * triton.cdiv(triton.cdiv(R, _GRAMS), TOKENS)
+
+
+def _up_launch(
+    out: Tensor,
+    h: Tensor,
+    xs: Sequence[Tensor],
+    branches: Sequence[Tensor],
+    gates: Sequence[Tensor | None],
+    post_norm: Norm | None,
+    shared: Shared,
+) -> _launch.Launch:
+    args = (
+        out,
+        h,
+        tuple(xs),
+        tuple(branches),
+        shared.weights,
+        tuple(gates),
+        post_norm or Norm(),
+        tuple(x.stride()[:2] for x in xs),
+        tuple(b.stride()[:2] for b in branches),
+        shared.images,
+        shared.N,
+    )
+    return shared.launch(_adapter_up, args)
+
+
+def _merged(parts: Tensor, shared: Shared) -> Tensor:
     """Mean and biased variance (streams, 2, D) of all tokens, from those of programs (streams, n, blocks, 2, D)."""
     step = shared.constants["BLOCK_N"]
     counts = shared.N - step * torch.arange(shared.blocks, device=parts.device)
@@ -153,10 +325,32 @@ def _merged(parts: Tensor, shared: Layout) -> Tensor:
     return torch.stack((mean, (squares + counts * deviation * deviation).sum((1, 2)) / R), 1)
 
 
-def _hidden(h: Tensor, norm: BatchNorm | None, eps: float) -> Tensor:
-    """a = ReLU(BN1(h)), float32 but as the kernels round it; h (R, D)."""
-    scale, shift = _affine(norm, eps, h.shape[1], h.device)
-    return (h * scale).add_(shift).relu_().to(h.dtype).float()
+def _covariance(h: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+    """The mean m (streams, D) and covariance (streams, G, D / G, D / G) of a, float32; h (streams, R, D)."""
+    streams, R, D = h.shape
+    groups, programs = shared.constants["GROUPS"], triton.cdiv(R, _tokens(R))
+    firsts, sums, grams = (
+        h.new_empty(streams, *shape, dtype=torch.float32)
+        for shape in ((D,), (programs, D), (programs, groups, D // groups, D // groups))
+    )
+    _launch.run([_gram_launch(firsts, sums, grams, h, shared)], h.device)
+    delta = sums.sum(1) / R
+    by_group = delta.unflatten(1, (groups, -1))
+    return firsts + delta, grams.sum(1) / R - by_group.unsqueeze(-1) * by_group.unsqueeze(-2)
+
+
+def _stacked_up(weights: Sequence[Weights], groups: int) -> Tensor:
+    """up (streams, G, C / G, D / G), float32."""
+    return torch.stack([w.up.float() for w in weights]).unflatten(1, (groups, -1))
+
+
+def _raised(mean: Tensor, covariance: Tensor, up: Tensor) -> Tensor:
+    """Statistics (streams, 2, C) of up(a)."""
+    groups = up.shape[1]
+    # Not a matrix product, which might be taken in TF32.
+    raised = (up * mean.unflatten(1, (groups, 1, -1))).sum(-1)
+    variance = ((up @ covariance) * up).sum(-1).clamp_min(0)
+    return torch.stack((raised, variance), 1).flatten(2)
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -171,24 +365,6 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _centred(a: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean m (D,), a - m (G, R, D / G) and its covariance (G, D / G, D / G), float32."""
-    mean = a.mean(0)
-    a = _by_group(a - mean, groups)
-    return mean, a, a.mT @ a / a.shape[1]
-
-
-def _raised(a: Tensor, up: Tensor) -> Tensor:
-    """Statistics (2, C) of up(a)."""
-    groups = a.shape[1] // up.shape[1]
-    mean, _, covariance = _centred(a, groups)
-    up = up.float().unflatten(0, (groups, -1))
-    # Not a matrix product, which might be taken in TF32.
-    mean = (up * mean.view(groups, 1, -1)).sum(-1)
-    variance = ((up @ covariance) * up).sum(-1).clamp_min(0)
-    return torch.stack((mean, variance)).flatten(1)
-
-
 def _narrowed(weights: Sequence[Weights], dtype: torch.dtype) -> list[Weights]:
     return [w._replace(down=w.down.to(dtype), up=w.up.to(dtype)) for w in weights]
 
@@ -201,128 +377,108 @@ def _with(weights: Sequence[Weights], name: str, statistics: Tensor) -> list[Wei
     return [w._replace(**{name: norm}) for w, norm in zip(weights, norms)]
 
 
-def _forward(xs, branches, summaries, weights, post_norm, eps, batch_statistics):
+def _forward(xs, branches, summaries, given, post_norm, eps, batch_statistics):
     streams, (n, N, C) = len(xs), xs[0].shape
-    weights = _narrowed(weights, xs[0].dtype)
-    D = len(weights[0].down)
+    weights = _narrowed(given, xs[0].dtype)
+    D, channels = weights[0].down.shape
     out, h = xs[0].new_empty(streams, n, N, C), xs[0].new_empty(streams, n, N, D)
     architecture = _launch.architecture(out.device)
-    shared = layout("adapter_training", xs, weights, post_norm, eps, architecture)
+    norms = post_norm, eps, architecture
+    shared = _shared("adapter_training", xs, weights, *norms)
     parts = h.new_empty(streams, n, shared.blocks, 2, D, dtype=torch.float32)
-    _launch.run([_down_launch(h, parts, xs, summaries, shared)], h.device)
-    bn1, bn2 = (parts.new_empty(streams, 2, 0) for _ in range(2))
+    _launch.run([_down_launch(h, parts, xs, summaries, [w.gate_av for w in weights], shared)], h.device)
+    bn1, bn2, mean, covariance = (parts.new_empty(streams, *shape) for shape in _STATISTICS)
     if batch_statistics and weights[0].bn1 is not None:
         bn1 = _merged(parts, shared)
         weights = _with(weights, "bn1", bn1)
     if batch_statistics and weights[0].bn2 is not None:
-        hidden = [_hidden(x.flatten(0, 1), w.bn1, eps[1]) for x, w in zip(h, weights)]
-        bn2 = torch.stack([_raised(a, w.up) for a, w in zip(hidden, weights)])
+        mean, covariance = _covariance(h.flatten(1, 2), _shared("adapter_training", xs, weights, *norms))
+        bn2 = _raised(mean, covariance, _stacked_up(weights, C // channels))
         weights = _with(weights, "bn2", bn2)
-    _launch.run(adapter.launches(out, xs, branches, summaries, weights, post_norm, eps, architecture), out.device)
-    return out, h, bn1, bn2
+    shared = _shared("adapter_training", xs, weights, *norms)
+    _launch.run([_up_launch(out, h, xs, branches, [w.gate for w in weights], post_norm, shared)], h.device)
+    return out, h, bn1, bn2, mean, covariance
 
 
-def _averages(weights: Sequence[Weights], eps: float) -> Tensor:
-    """The mean of z1 over channels is linear in a: each stream's D factors and its constant, (streams, D + 1)."""
-    found = []
-    for w in weights:
-        scale, shift = _affine(w.bn2, eps, len(w.up), w.up.device)
-        groups = len(w.down) // w.up.shape[1]
-        factors = (w.up.float() * scale[:, None]).unflatten(0, (groups, -1)).sum(1) / len(scale)
-        found.append(torch.cat((factors.flatten(), shift.mean()[None])))
-    return torch.stack(found)
+_STATISTICS = (2, 0), (2, 0), (0,), (0, 0, 0)  # of each stream, where they are not the batch's
 
 
-def _affine(norm: BatchNorm | None, eps: float, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A BatchNorm as a factor and a shift of each channel."""
-    if norm is None:
-        return torch.ones(width, device=device), torch.zeros(width, device=device)
-    scale = (norm.variance.float() + eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.float()
-    shift = -scale * norm.mean.float()
-    return scale, shift if norm.bias is None else shift + norm.bias.float()
+def _factors(norms: Sequence[BatchNorm | None], eps: float, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorms' 1 / deviation, that times their weight, and their means, (streams, width) float32; like: (width,)."""
+    if norms[0] is None:
+        ones = like.new_ones(len(norms), len(like), dtype=torch.float32)
+        return ones, ones, torch.zeros_like(ones)
+    rstd = torch.stack([(norm.variance.float() + eps).rsqrt() for norm in norms])
+    mean = torch.stack([norm.mean.float() for norm in norms])
+    if norms[0].weight is None:
+        return rstd, rstd, mean
+    return rstd, rstd * torch.stack([norm.weight.float() for norm in norms]), mean
 
 
-# BN2 gives dz0 = c (dz1 - s_b - ẑ s_g), c = weight / σ, s_b and s_g the means of dz1 and dz1 ẑ, ẑ = up (a - m) / σ.
-# With V = up scaled by c, row by row: da = dz0 up = (dz1 - s_b) V - (a - m) upᵀ diag(s_g / σ) V, where the last three
-# factors are a matrix of D / G x D / G; dup = dz0ᵀ a = dz0ᵀ (a - m), since dz0 sums to 0, = c (dz1ᵀ (a - m)
-# - diag(s_g / σ) up R K), K the covariance of a. By running statistics, s_b = s_g = 0, and it is a that dup takes.
-def _narrow_gradients(
-    dz: Tensor, sums: Tensor, h: Tensor, w: Weights, eps: Sequence[float], batch_statistics: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dh in h's type, and float32: dup, BN1's gradients of weight and bias.
-
-    dz (R, C) of z1, h (R, D); sums (2, C): of dz and dz ẑ over all tokens.
-    """
-    R, groups = len(h), h.shape[1] // w.up.shape[1]
-    a = _hidden(h, w.bn1, eps[1])
-    first, _ = _affine(w.bn1, eps[1], h.shape[1], h.device)
-    dz, up = _by_group(dz, groups), w.up.float().unflatten(0, (groups, -1))
-    scale = _affine(w.bn2, eps[2], len(w.up), h.device)[0].view(groups, -1, 1)
-    scaled = (up * scale).to(h.dtype)
-    da = _products(dz, scaled)
-    if batch_statistics and w.bn2 is not None:
-        _, centred, covariance = _centred(a, groups)
-        shift, slope = (sums / R).view(2, groups, 1, -1)
-        slope = slope.mT * (w.bn2.variance + eps[2]).rsqrt().view(groups, -1, 1)
-        da.sub_(shift @ scaled.float()).baddbmm_(centred, up.mT @ (slope * scaled.float()), alpha=-1)
-        dup = scale * (_products(dz.mT, centred.to(h.dtype)) - R * slope * (up @ covariance))
-    else:
-        dup = scale * _products(dz.mT, _by_group(a.to(h.dtype), groups))
-    dh = torch.where(a > 0, da.transpose(0, 1).flatten(1), 0.0)
-    if w.bn1 is None:
-        return dh.to(h.dtype), dup.flatten(0, 1), None, None
-    hhat = (h - w.bn1.mean.float()).mul_((w.bn1.variance.float() + eps[1]).rsqrt())
-    dweight, dbias = (dh * hhat).sum(0), dh.sum(0)
-    if batch_statistics:
-        dh.sub_(dbias / R).sub_(hhat.mul_(dweight / R))
-    dh.mul_(first)
-    return dh.to(h.dtype), dup.flatten(0, 1), dweight, dbias
-
-
-def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, eps, batch_statistics):
+def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean, covariance, eps, batch_statistics):
     """dxs (streams, n, N, C), dbranches, dsummaries, and each stream's gradients by name; None where there is none."""
     streams, (n, N, C) = len(xs), xs[0].shape
+    R, D, groups = n * N, h.shape[-1], C // given[0].down.shape[1]
     weights = _with(_with(_narrowed(given, h.dtype), "bn1", bn1), "bn2", bn2)
-    shared = layout("adapter_training_bwd", xs, weights, post_norm, eps, _launch.architecture(h.device))
-    D, grid = h.shape[-1], (streams, n, shared.blocks)
+    shared = _shared("adapter_training_bwd", xs, weights, post_norm, eps, _launch.architecture(h.device))
+    grid = streams, n, shared.blocks
 
     def rows(*shape: int) -> Tensor:
-        return h.new_empty(*grid, *shape, dtype=torch.float32)
+        return h.new_empty(*shape, dtype=torch.float32)
 
-    dz, sums = h.new_empty(streams, n, N, C), rows(4, C)
+    dz, da, sums = h.new_empty(streams, n, N, C), rows(*h.shape), rows(*grid, 4, C)
     db = None if post_norm is None else torch.empty_like(dz)
-    averages = None if weights[0].ln_after is None else _averages(weights, eps[2])
-    _launch.run([up_launch(dz, db, sums, h, dout, branches, post_norm, averages, shared)], h.device)
+    gates = [w.gate for w in weights]
+    if post_norm is not None:
+        _launch.run([branch_launch(db, dout, branches, post_norm, shared)], h.device)
+    _launch.run([up_launch(dz, da, sums, h, dout, gates, shared)], h.device)
     sums = sums.sum((1, 2))
-    dh = torch.empty_like(h)
+    up = _stacked_up(weights, groups)
+    rstd, scale, _ = _factors([w.bn2 for w in weights], eps[2], weights[0].up[:, 0])
+    scale = scale.unflatten(1, (groups, -1))
+    means = shifts = mixing = None
+    if batch_statistics and weights[0].bn2 is not None:
+        slope = (sums[:, 3] / R * rstd).unflatten(1, (groups, -1))
+        shifted = scale * (sums[:, 2] / R).unflatten(1, (groups, -1))
+        means, shifts = mean, (up * shifted.unsqueeze(-1)).sum(2).flatten(1)
+        mixing = (up.mT @ (up * (slope * scale).unsqueeze(-1))).contiguous()
+    centred, flat = torch.empty_like(h).flatten(1, 2), h.flatten(1, 2)
+    narrow = rows(streams, triton.cdiv(R, TOKENS), 2, D)
+    _launch.run([mid_launch(da.flatten(1, 2), centred, narrow, flat, means, shifts, mixing, shared)], h.device)
+    dup = torch.stack(
+        [_products(_by_group(d, groups).mT, _by_group(c, groups)) for d, c in zip(dz.flatten(1, 2), centred)]
+    )
+    if mixing is not None:
+        dup -= R * slope.unsqueeze(-1) * (up @ covariance)
+    dup = (dup * scale.unsqueeze(-1)).flatten(1, 2)
+
+    table, narrow = None, narrow.sum(1)
+    if weights[0].bn1 is not None:
+        first, factor, first_mean = _factors([w.bn1 for w in weights], eps[1], weights[0].down[:, 0])
+        averages = narrow.flip(1) / R if batch_statistics else torch.zeros_like(narrow)
+        table = torch.cat((factor[:, None], averages, first_mean[:, None], first[:, None]), 1)
+    # dz has served: its memory takes LN_before(X').
+    dx, u, dh, wide, ds, dgate = torch.empty_like(dz), dz, torch.empty_like(h), rows(*grid, 2, C), None, None
+    if summaries is not None:
+        ds, dgate = rows(*grid, summaries.shape[2], C), rows(*grid, 1)
+    gates_av = [w.gate_av for w in weights]
+    tensors_ = dx, u, dh, wide, ds, dgate, da, h, table, dout, xs, summaries, gates_av
+    _launch.run([down_launch(*tensors_, shared)], h.device)
+    wide = wide.sum((1, 2))
     found = []
     for i, w in enumerate(weights):
-        of_stream = dz[i].flatten(0, 1), sums[i, 2:], h[i].flatten(0, 1), w
-        narrow, dup, dweight, dbias = _narrow_gradients(*of_stream, eps, batch_statistics)
-        dh[i] = narrow.view(n, N, D)
         after = w.ln_after or Norm()
-        dgate = sums[i, 0] if after.weight is None else sums[i, 0] * after.weight.float()
-        dgate = dgate if after.bias is None else dgate + sums[i, 1] * after.bias.float()
+        dgate_i = sums[i, 0] if after.weight is None else sums[i, 0] * after.weight.float()
+        dgate_i = dgate_i if after.bias is None else dgate_i + sums[i, 1] * after.bias.float()
         gate = 1.0 if w.gate is None else w.gate.float()
+        ddown = _products(_by_group(dh[i].flatten(0, 1), groups).mT, _by_group(u[i].flatten(0, 1), groups))
         found.append(
-            {"up": dup, "bn1.weight": dweight, "bn1.bias": dbias, "bn2.weight": sums[i, 3], "bn2.bias": sums[i, 2]}
-            | {"ln_after.weight": gate * sums[i, 0], "ln_after.bias": gate * sums[i, 1], "gate": dgate.sum()[None]}
+            {"up": dup[i], "bn1.weight": narrow[i, 0], "bn1.bias": narrow[i, 1], "down": ddown.flatten(0, 1)}
+            | {"bn2.weight": sums[i, 3], "bn2.bias": sums[i, 2], "gate": dgate_i.sum()[None]}
+            | {"ln_after.weight": gate * sums[i, 0], "ln_after.bias": gate * sums[i, 1]}
+            | {"ln_before.weight": wide[i, 0], "ln_before.bias": wide[i, 1]}
+            | ({} if dgate is None else {"gate_av": dgate[i].sum((0, 1))})
         )
-
-    # dz has served: its memory takes LN_before(X').
-    dx, u, sums, ds, dgate = torch.empty_like(dz), dz, rows(2, C), None, None
-    if summaries is not None:
-        ds, dgate = rows(summaries.shape[2], C), rows(1)
-    _launch.run([down_launch(dx, u, sums, ds, dgate, dh, dout, xs, summaries, shared)], h.device)
-    sums = sums.sum((1, 2))
-    groups = C // weights[0].down.shape[1]
-    for i, gradients in enumerate(found):
-        narrow, wide = (_by_group(t[i].flatten(0, 1), groups) for t in (dh, u))
-        gradients["down"] = _products(narrow.mT, wide).flatten(0, 1)
-        gradients["ln_before.weight"], gradients["ln_before.bias"] = sums[i]
-        if dgate is not None:
-            gradients["gate_av"] = dgate[i].sum((0, 1))
     return dx, db, None if ds is None else ds.sum(2).to(h.dtype), found
 
 
@@ -387,7 +543,7 @@ def adapter_training(
     ]  # the caller writes to the running statistics before the backward
     present = [getattr(w, name) is not None for w in weights for name in NORMS] + [post_norm is not None]
     frozen = post_norm or Norm()
-    out, _, bn1, bn2 = _adapter_training(
+    out, _, bn1, bn2, *_ = _adapter_training(
         list(xs),
         list(branches),
         summaries,
@@ -423,8 +579,8 @@ def _adapter_training(
     present: list[bool],
     eps: list[float],
     batch_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, h (streams, n, N, D), and the statistics of BN1 and BN2."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, h (streams, n, N, D), the statistics of BN1 and BN2, a's mean and covariance."""
     weights, norm = _unflattened(parameters, post_norm, given, present)
     with torch.autocast(xs[0].device.type, enabled=False):  # which reaches into the op
         return _forward(xs, branches, summaries, weights, norm, eps, batch_statistics)
@@ -433,9 +589,12 @@ def _adapter_training(
 @_adapter_training.register_fake
 def _(xs, branches, summaries, parameters, post_norm, given, present, eps, batch_statistics):
     (w, *_), _ = _unflattened(parameters, post_norm, given, present)
-    (n, N, C), D, streams = xs[0].shape, len(w.down), len(xs)
-    widths = [0 if norm is None or not batch_statistics else width for norm, width in ((w.bn1, D), (w.bn2, C))]
-    statistics = [xs[0].new_empty(streams, 2, width, dtype=torch.float32) for width in widths]
+    (n, N, C), (D, channels), streams = xs[0].shape, w.down.shape, len(xs)
+    groups = C // channels
+    full = (2, D), (2, C), (D,), (groups, D // groups, D // groups)
+    there = [batch_statistics and norm is not None for norm in (w.bn1, w.bn2, w.bn2, w.bn2)]
+    shapes = [shape if batch else empty for batch, shape, empty in zip(there, full, _STATISTICS)]
+    statistics = [xs[0].new_empty(streams, *shape, dtype=torch.float32) for shape in shapes]
     return xs[0].new_empty(streams, n, N, C), xs[0].new_empty(streams, n, N, D), *statistics
 
 
@@ -450,6 +609,8 @@ def _adapter_training_backward(
     h: Tensor,
     bn1: Tensor,
     bn2: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
     given: list[bool],
     present: list[bool],
     eps: list[float],
@@ -458,7 +619,9 @@ def _adapter_training_backward(
     """The gradients of xs, of branches if there is a post-norm, of summaries if any, and of the trained parameters."""
     weights, norm = _unflattened(parameters, post_norm, given, present)
     with torch.autocast(h.device.type, enabled=False):
-        dx, db, ds, found = _backward(dout, xs, branches, summaries, weights, norm, h, bn1, bn2, eps, batch_statistics)
+        statistics = bn1, bn2, mean, covariance
+        tensors_ = dout, xs, branches, summaries, weights, norm, h, *statistics
+        dx, db, ds, found = _backward(*tensors_, eps, batch_statistics)
     gradients = [
         of_stream[name].to(t.dtype, copy=True)
         for w, of_stream in zip(weights, found)
@@ -469,7 +632,7 @@ def _adapter_training_backward(
 
 
 @_adapter_training_backward.register_fake
-def _(dout, xs, branches, summaries, parameters, post_norm, h, bn1, bn2, given, present, eps, batch_statistics):
+def _(dout, xs, branches, summaries, parameters, post_norm, h, bn1, bn2, mean, covariance, given, present, *_):
     weights, norm = _unflattened(parameters, post_norm, given, present)
     streams = [xs[0].new_empty(dout.shape) for _ in range(1 if norm is None else 2)]
     rest = [t for w in weights for name, t in tensors(w) if t is not None and _trained(name)]
@@ -489,11 +652,10 @@ def _setup_context(ctx, inputs, output):
 def _backward_of_context(ctx, dout, *_):
     saved = list(ctx.saved_tensors)
     xs, branches, parameters, post_norm = ([saved.pop(0) for _ in range(count)] for count in ctx.counts)
-    summaries, h, bn1, bn2 = saved
+    summaries, h, *statistics = saved
     given, present, *_ = ctx.options
-    found = iter(
-        _adapter_training_backward(dout, xs, branches, summaries, parameters, post_norm, h, bn1, bn2, *ctx.options)
-    )
+    tensors_ = dout, xs, branches, summaries, parameters, post_norm, h, *statistics
+    found = iter(_adapter_training_backward(*tensors_, *ctx.options))
     dxs = next(found).unbind()
     dbranches = next(found).unbind() if branches else dout.unbind()
     dsummaries = None if summaries is None else next(found)
@@ -511,7 +673,7 @@ def builds(architecture: int) -> Iterator[tuple[str, list[_launch.Launch]]]:
     cases = [(torch.bfloat16, 192, {}), (torch.bfloat16, 768, {}), (torch.bfloat16, 1536, {})]
     cases += [(torch.bfloat16, 1536, {"reduction": 4, "latents": 16}), (torch.float16, 384, {"groups": 1})]
     cases += [(torch.bfloat16, 768, {"groups": 4, "latents": 64}), (torch.bfloat16, 768, {"norms": "none"})]
-    cases += [(torch.float32, 768, {}), (torch.float32, 1536, {"reduction": 4})]
+    cases += [(torch.bfloat16, 384, {}), (torch.float32, 192, {})]
     for dtype, width, options in cases:
         name = " ".join(str(part) for part in (dtype, width, *(f"{k} {v}" for k, v in options.items())))
         yield name.removeprefix("torch."), _build(dtype, width, architecture, **options)
@@ -541,13 +703,21 @@ def _build(
         w = w._replace(**dict.fromkeys(NORMS))
         norm = None
     xs, out, h = [empty(n, N, width)] * 2, empty(2, n, N, width), empty(2, n, N, D)
-    summaries = empty(2, n, latents, width)
+    summaries, covariance = empty(2, n, latents, width), wide(2, groups, D // groups, D // groups)
     ops = "adapter_training", "adapter_training_bwd"
-    first, shared = (layout(op, xs, [w, w], norm, (1e-5,) * 5, architecture) for op in ops)
-    grid = (2, n, shared.blocks)
-    averages, dgate = None if norm is None else wide(2, D + 1), wide(*grid, 1)
+    first, shared = (_shared(op, xs, [w, w], norm, (1e-5,) * 5, architecture) for op in ops)
+    grid, gates, flat = (2, n, shared.blocks), [gate] * 2, h.flatten(1, 2)
+    batch = (None,) * 3 if norm is None else (wide(2, D), wide(2, D), covariance)
+    table = None if norm is None else wide(2, 5, D)
     return [
-        _down_launch(h, wide(2, n, first.blocks, 2, D), xs, summaries, first),
-        up_launch(out, out, wide(*grid, 4, width), h, out, xs, norm, averages, shared),
-        down_launch(out, out, wide(*grid, 2, width), wide(*grid, latents, width), dgate, h, out, xs, summaries, shared),
+        _down_launch(h, wide(2, n, first.blocks, 2, D), xs, summaries, gates, first),
+        _gram_launch(wide(2, D), wide(2, 8, D), wide(2, 8, *covariance.shape[1:]), flat, first),
+        _up_launch(out, h, xs, xs, gates, norm, first),
+        *([] if norm is None else [branch_launch(out, out, xs, norm, shared)]),
+        up_launch(out, wide(*h.shape), wide(*grid, 4, width), h, out, gates, shared),
+        mid_launch(wide(*flat.shape), flat, wide(2, 8, 2, D), flat, *batch, shared),
+        down_launch(
+            *(out, out, h, wide(*grid, 2, width), wide(*grid, latents, width), wide(*grid, 1), wide(*h.shape)),
+            *(h, table, out, xs, summaries, gates, shared),
+        ),
     ]

@@ -1,21 +1,23 @@
 """The backward of kernels/adapter_training.py, whose docstring has the equation: every gradient of one residual step.
 
-Two kernels, of one program for BLOCK_N tokens of one image of one stream, and between them torch on what is narrow.
+Four kernels; a program owns BLOCK_N tokens of one image of one stream and holds their rows whole (see _tiles.py), in the
+third some tokens' bottleneck.
 
-_adapter_bwd_up: from h, the branch B and dout to dz1, the gradient of BN2's output, and dB, through LN_after and the
-post-norm. Walks over C: B's mean and deviation; the sums that the two LayerNorms' backwards take; the gradients.
-torch (adapter_training.py): BN2 needs no walk of its own, since its input is up(a): what its batch statistics give back
-is a product of D / G x D / G with a; then ReLU and BN1, float32 on (R, D), the gradients of their parameters and of up.
-_adapter_bwd_down: from X, S and dh to dX, dS, and u = LN_before(X'), of which and of dh torch makes down's gradient.
-Walks: the softmax and X's mean; the sums that LN_before's backward takes; dP; the gradients.
+_adapter_bwd_branch: from the branch B and dout to dB, through the post-norm.
+_adapter_bwd_up: from h and dout to dz1, the gradient of BN2's output, and to dz1 V, V being up with BN2's factors in its
+rows: what ReLU's output would get if BN2's statistics were constants.
+_adapter_bwd_mid: what those statistics give back is a product of D / G x D / G with a; then ReLU, and the sums that
+BN1's backward takes.
+_adapter_bwd_down: from X, S and that gradient through BN1 and down to dX, dS, and to u = LN_before(X') and dh, of which
+torch makes down's gradient, as it makes up's of dz1 and a.
 
 float32: statistics, norms, softmax and its gradient's sums, the rows that programs leave for torch to add up, and all
-that is done to the narrow tensors. Rounded to the streams' type: what goes into products, dz1, dh, u, dX, dB, dS.
+of the bottleneck. Rounded to the streams' type: what goes into products, dz1, dh, u, a - m, dX, dB, dS.
 Recomputed: a, z, P, X' and the statistics of tokens; read: X, B, h and BatchNorms' statistics.
 
-Bytes a token in 16 bits: the kernels read X, B, and dout twice, and write dX, dB, dz1 and u; torch's products read dz1
-twice and u: 22 C, beside 4 C (6 + m) / BLOCK_N written for the rows and read again, and some 120 D of torch's passes.
-FLOPs: 16 C D / G, of which 6 C D / G recompute, and 16 C m, of which 6 C m do.
+Bytes a token in 16 bits: X, B and dout thrice are read, dX, dB, dz1 and u written, torch's products read dz1 and u:
+22 C; 34 D of the bottleneck; and 8 C (6 + m) / BLOCK_N for the rows, written and read again.
+FLOPs: 20 C D / G, of which 4 C D / G recompute, and 16 C m, of which 6 C m do.
 """
 
 from __future__ import annotations
@@ -25,98 +27,136 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from lavish_fast.kernels import _launch, _tuning
+from lavish_fast.kernels import _launch
 from lavish_fast.kernels._tiles import (
+    WIDE,
     Norm,
-    across_lanes,
-    attend,
-    batch_norm,
+    activated,
+    affine,
+    block,
+    bottleneck,
+    columns,
+    down_tile,
     gate_of,
+    load_tiles,
+    moments,
     place,
     row,
     seen,
+    softmax_of_latents,
     token_rows,
     up_product,
-    welford,
+    up_tile,
 )
-from lavish_fast.kernels._weights import NORMS, Eps, Weights
+from lavish_fast.kernels._weights import Weights
 from torch import Tensor
+
+TOKENS = 64  # of a program of _adapter_bwd_mid
 
 
 @triton.jit
-def _of_group(rows, mask_n, g, D_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Group g's tiles (BLOCK_N, BLOCK_D) of a tensor with D numbers a token."""
+def load_bottleneck(rows, mask_n, GROUPS: tl.constexpr, D_G: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tensor with D numbers a token: for each group its tiles (BLOCK_N, BLOCK_D)."""
+    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
     tiles = ()
-    for part in tl.static_range((D_G + BLOCK_D - 1) // BLOCK_D):
-        offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-        tiles += (tl.load(rows + g * D_G + offs_d, mask=mask_n & (offs_d < D_G), other=0.0),)
+    for i in tl.static_range(GROUPS * PARTS):
+        offs_d = i % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
+        tiles += (tl.load(rows + i // PARTS * D_G + offs_d[None, :], mask=mask_n & (offs_d < D_G)[None, :], other=0.0),)
     return tiles
 
 
 @triton.jit
-def _hidden(h_rows, mask_n, w, EPS: tl.constexpr, g, D_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    """a = ReLU(BN1(h)) of group g, as `_of_group`, rounded."""
-    hidden = ()
-    tiles = _of_group(h_rows, mask_n, g, D_G, BLOCK_D)
-    for part in tl.static_range(len(tiles)):
-        offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        a = batch_norm(tiles[part].to(tl.float32), w.bn1, EPS.bn1, g * D_G + offs_d, offs_d < D_G)
-        hidden += (tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL).to(tiles[part].dtype),)
-    return hidden
-
-
-@triton.jit
-def _whitened(z0, bn2, EPS: tl.constexpr, offs, mask_c):
-    """(z0 - mean) / deviation and z1 = BN2(z0); z0 and z0 where there is no BN2."""
-    zhat = z0
-    if EPS.bn2 is not None:
-        rstd = tl.rsqrt(row(bn2.variance, offs, mask_c, other=1.0) + EPS.bn2)
-        zhat = z0 * rstd - rstd * row(bn2.mean, offs, mask_c)
-    z1 = zhat
-    if bn2.weight is not None:
-        z1 = z1 * row(bn2.weight, offs, mask_c)
-    if bn2.bias is not None:
-        z1 = z1 + row(bn2.bias, offs, mask_c)
-    return zhat, z1
+def _load(rows, stride_c, mask_n, offs, mask_c):
+    """One tile, float32. Held from walk to walk, dout's would not leave enough registers."""
+    return tl.load(rows + offs[None, :] * stride_c, mask=mask_n & mask_c[None, :], other=0.0).to(tl.float32)
 
 
 # A LayerNorm y = w x̂ + b, x̂ = (x - mean) / s, over C channels: with v = w dy, dx = (v - avg(v) - x̂ avg(v x̂)) / s.
-# The averages are sums over all channels, which a walk gathers before the one that writes dx.
 @triton.jit
 def _layer_norm_bwd(v, xhat, rstd, average, slope):
     return rstd[:, None] * (v - average[:, None] - xhat * slope[:, None])
 
 
+@triton.jit
+def _batch_normed(zhat, bn2, offs, mask_c):
+    """z1 of ẑ, zero outside of the channels."""
+    return tl.where(mask_c[None, :], affine(zhat, bn2, offs, mask_c), 0.0)
+
+
 @triton.jit(do_not_specialize=["images"])
-def _adapter_bwd_up(
-    dz_ptr,  # (streams, n, N, C), of BN2's output
-    db_ptr,  # the same shape, where there is a post-norm
-    rows_ptr,  # (programs, 4, C) float32: sums over tokens of dout ẑ, dout, dz1 and dz1 (z0 - mean) / deviation
-    h_ptr,  # (streams, n, N, D)
+def _adapter_bwd_branch(
+    db_ptr,  # (streams, n, N, C)
     dout_ptr,
     branches,
-    weights,
-    gates,
     post_norm,
-    averages_ptr,  # (streams, D + 1) float32: the mean of z1 is linear in a, and these are its factors and its constant
     dout_strides,
     branch_strides,
     images,
     N,
-    channels,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    C_G: tl.constexpr = C // GROUPS
+    TILES: tl.constexpr = GROUPS * ((C_G + CHUNK - 1) // CHUNK)
+    stream, image, offs_n = place(images, N, BLOCK_N)
+    mask_n = (offs_n < N)[:, None]
+    db_rows = db_ptr + ((stream * images + image) * N + offs_n)[:, None] * C
+    dout_rows = dout_ptr + stream * dout_strides[0] + image * dout_strides[1]
+    dout_rows += offs_n.to(tl.int64)[:, None] * dout_strides[2]
+    branch_rows = token_rows(branches, branch_strides, stream, image, offs_n, STREAMS)
+    dout = load_tiles(dout_rows, dout_strides[3], mask_n, TILES, C_G, CHUNK)
+    branch = load_tiles(branch_rows, 1, mask_n, TILES, C_G, CHUNK)
+    mean, rstd = moments(branch, EPS.post_norm, C, C_G, CHUNK)
+    v_sum, vb_sum = tl.zeros((BLOCK_N, CHUNK), tl.float32), tl.zeros((BLOCK_N, CHUNK), tl.float32)
+    for t in tl.static_range(TILES):
+        offs, mask_c = columns(t, C_G, CHUNK)
+        v = dout[t].to(tl.float32)
+        if post_norm.weight is not None:
+            v *= row(post_norm.weight, offs, mask_c)
+        v_sum += v
+        vb_sum += v * (branch[t].to(tl.float32) - mean[:, None]) * rstd[:, None]
+    average, slope = tl.sum(v_sum, 1) / C, tl.sum(vb_sum, 1) / C
+    for t in tl.static_range(TILES):
+        offs, mask_c = columns(t, C_G, CHUNK)
+        v = dout[t].to(tl.float32)
+        if post_norm.weight is not None:
+            v *= row(post_norm.weight, offs, mask_c)
+        bhat = (branch[t].to(tl.float32) - mean[:, None]) * rstd[:, None]
+        db = _layer_norm_bwd(v, bhat, rstd, average, slope)
+        tl.store(db_rows + offs[None, :], db.to(db_ptr.dtype.element_ty), mask=mask_n & mask_c[None, :])
+
+
+@triton.jit(do_not_specialize=["images"])
+def _adapter_bwd_up(
+    dz_ptr,  # (streams, n, N, C), of BN2's output
+    da_ptr,  # (streams, n, N, D) float32: dz1 V
+    rows_ptr,  # (programs, 4, C) float32: sums over tokens of dout ẑ, dout, dz1 and dz1 (z0 - mean) / deviation
+    h_ptr,  # (streams, n, N, D)
+    dout_ptr,
+    weights,
+    gates,
+    dout_strides,
+    images,
+    N,
     C: tl.constexpr,
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     STREAMS: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    num_stages: tl.constexpr,
 ):
     C_G: tl.constexpr = C // GROUPS
     D_G: tl.constexpr = D // GROUPS
-    dtype = dz_ptr.dtype.element_ty
+    TRIPS: tl.constexpr = (C_G + CHUNK - 1) // CHUNK
+    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
+    dtype: tl.constexpr = dz_ptr.dtype.element_ty
+    HELD: tl.constexpr = dtype if C > WIDE else tl.float32
     stream, image, offs_n = place(images, N, BLOCK_N)
     w = weights[0]
     if stream == 1:
@@ -124,108 +164,168 @@ def _adapter_bwd_up(
     gate = tl.where(stream == 0, gate_of(gates[0]), gate_of(gates[STREAMS - 1]))
     mask_n = (offs_n < N)[:, None]
     token = ((stream * images + image) * N + offs_n)[:, None]
-    h_rows = h_ptr + token * D
     dout_rows = dout_ptr + stream * dout_strides[0] + image * dout_strides[1]
     dout_rows += offs_n.to(tl.int64)[:, None] * dout_strides[2]
-    stride_c = dout_strides[3]
     sums = rows_ptr + tl.program_id(0).to(tl.int64) * 4 * C
-    if EPS.post_norm is not None:
-        branch_rows = token_rows(branches, branch_strides, stream, image, offs_n, STREAMS)
+    zeros = tl.zeros((BLOCK_N, CHUNK), tl.float32)
 
-    # 1. B's mean and deviation; z1's mean.
-    zeros = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    b_mean, b_m2 = zeros, zeros
-    if EPS.post_norm is not None:
-        for start in tl.range(0, GROUPS * channels, BLOCK_C, num_stages=num_stages):
-            offs_c = start + tl.arange(0, BLOCK_C)[None, :]
-            b = tl.load(branch_rows + offs_c, mask=mask_n & (offs_c < C), other=0.0).to(tl.float32)
-            b_mean, b_m2 = welford(b_mean, b_m2, b, start, C, BLOCK_C)
-    b_mean, b_m2 = across_lanes(b_mean, b_m2, C, BLOCK_C)
+    h = load_bottleneck(h_ptr + token * D, mask_n, GROUPS, D_G, BLOCK_D)
+    hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, dtype)
+    products = up_product(hidden, w.up, GROUPS * TRIPS, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
+    zhat = ()
+    for t in tl.static_range(GROUPS * TRIPS):
+        offs, mask_c = columns(t, C_G, CHUNK)
+        z = products[t]
+        if EPS.bn2 is not None:
+            deviation = tl.rsqrt(row(w.bn2.variance, offs, mask_c, other=1.0) + EPS.bn2)
+            z = (z - row(w.bn2.mean, offs, mask_c)) * deviation
+        zhat += (z.to(HELD),)
+
     mean = tl.zeros((BLOCK_N,), tl.float32)
-    if EPS.ln_after is not None:
-        averages = averages_ptr + stream * (D + 1)
-        mean += tl.load(averages + D)
-        for g in tl.static_range(GROUPS):
-            hidden = _hidden(h_rows, mask_n, w, EPS, g, D_G, BLOCK_D)
-            for part in tl.static_range(len(hidden)):
-                offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
-                mean += tl.sum(hidden[part].to(tl.float32) * row(averages + g * D_G, offs_d, offs_d < D_G), 1)
-
-    # 2. The two LayerNorms' sums, of differences to the means.
-    squares, v_sum, vz_sum, vb_sum, vbb_sum = zeros, zeros, zeros, zeros, zeros
-    if EPS.ln_after is not None or EPS.post_norm is not None:
-        for g in tl.static_range(GROUPS):
-            hidden = _hidden(h_rows, mask_n, w, EPS, g, D_G, BLOCK_D)
-            for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
-                offs_c = start + tl.arange(0, BLOCK_C)
-                mask_c = offs_c < C_G
-                offs = g * C_G + offs_c
-                mask = mask_n & mask_c[None, :]
-                dout = tl.load(dout_rows + offs[None, :] * stride_c, mask=mask, other=0.0).to(tl.float32)
-                if EPS.ln_after is not None:
-                    _, z1 = _whitened(up_product(hidden, 0, w.up, offs, mask_c, D_G, BLOCK_D), w.bn2, EPS, offs, mask_c)
-                    z1 = tl.where(mask_c[None, :], z1 - mean[:, None], 0.0)
-                    v = gate * dout
-                    if w.ln_after.weight is not None:
-                        v *= row(w.ln_after.weight, offs, mask_c)
-                    squares += z1 * z1
-                    v_sum += v
-                    vz_sum += v * z1
-                if EPS.post_norm is not None:
-                    b = tl.load(branch_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32) - b_mean[:, None]
-                    if post_norm.weight is not None:
-                        dout *= row(post_norm.weight, offs, mask_c)
-                    vb_sum += dout
-                    vbb_sum += dout * b
     rstd = tl.full((BLOCK_N,), 1.0, tl.float32)
-    b_rstd = rstd
+    average, slope = mean, mean
     if EPS.ln_after is not None:
+        total, squares, v_sum, vz_sum = zeros, zeros, zeros, zeros
+        for t in tl.static_range(GROUPS * TRIPS):
+            offs, mask_c = columns(t, C_G, CHUNK)
+            total += _batch_normed(zhat[t].to(tl.float32), w.bn2, offs, mask_c)
+        mean = tl.sum(total, 1) / C
+        for t in tl.static_range(GROUPS * TRIPS):
+            # Else the rows of all tiles' parameters are loaded ahead, which takes more registers than there are.
+            tl.debug_barrier()
+            offs, mask_c = columns(t, C_G, CHUNK)
+            z = tl.where(mask_c[None, :], _batch_normed(zhat[t].to(tl.float32), w.bn2, offs, mask_c) - mean[:, None], 0.0)
+            v = gate * _load(dout_rows, dout_strides[3], mask_n, offs, mask_c)
+            if w.ln_after.weight is not None:
+                v *= row(w.ln_after.weight, offs, mask_c)
+            squares += z * z
+            v_sum += v
+            vz_sum += v * z
         rstd = tl.rsqrt(tl.sum(squares, 1) / C + EPS.ln_after)
-    if EPS.post_norm is not None:
-        b_rstd = tl.rsqrt(b_m2 / C + EPS.post_norm)
-    average, slope = tl.sum(v_sum, 1) / C, rstd * tl.sum(vz_sum, 1) / C
-    b_average, b_slope = tl.sum(vb_sum, 1) / C, b_rstd * tl.sum(vbb_sum, 1) / C
+        average, slope = tl.sum(v_sum, 1) / C, rstd * tl.sum(vz_sum, 1) / C
 
-    # 3. The gradients.
     for g in tl.static_range(GROUPS):
-        hidden = _hidden(h_rows, mask_n, w, EPS, g, D_G, BLOCK_D)
-        for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < C_G
-            offs = g * C_G + offs_c
-            mask = mask_n & mask_c[None, :]
-            dout = tl.load(dout_rows + offs[None, :] * stride_c, mask=mask, other=0.0).to(tl.float32)
-            z0 = up_product(hidden, 0, w.up, offs, mask_c, D_G, BLOCK_D)
-            whitened, z = _whitened(z0, w.bn2, EPS, offs, mask_c)
-            dz = gate * dout
+        dz_scaled = ()
+        for k in tl.static_range(TRIPS):
+            tl.debug_barrier()
+            offs, mask_c = columns(g * TRIPS + k, C_G, CHUNK)
+            d = _load(dout_rows, dout_strides[3], mask_n, offs, mask_c)
+            z = _batch_normed(zhat[g * TRIPS + k].to(tl.float32), w.bn2, offs, mask_c)
+            dz = gate * d
             if EPS.ln_after is not None:
                 z = (z - mean[:, None]) * rstd[:, None]
                 if w.ln_after.weight is not None:
                     dz *= row(w.ln_after.weight, offs, mask_c)
-                dz = _layer_norm_bwd(dz, z, rstd, average, slope)
-            tl.store(dz_ptr + token * C + offs[None, :], dz.to(dtype), mask=mask)
-            tl.store(sums + offs, tl.sum(dout * z, 0), mask=mask_c)
-            tl.store(sums + C + offs, tl.sum(dout, 0), mask=mask_c)
+                dz = tl.where(mask_n & mask_c[None, :], _layer_norm_bwd(dz, z, rstd, average, slope), 0.0)
+            tl.store(dz_ptr + token * C + offs[None, :], dz.to(dtype), mask=mask_n & mask_c[None, :])
+            tl.store(sums + offs, tl.sum(d * z, 0), mask=mask_c)
+            tl.store(sums + C + offs, tl.sum(d, 0), mask=mask_c)
+            scaled = dz
             if EPS.bn2 is not None:
                 tl.store(sums + 2 * C + offs, tl.sum(dz, 0), mask=mask_c)
-                tl.store(sums + 3 * C + offs, tl.sum(dz * whitened, 0), mask=mask_c)
-            if EPS.post_norm is not None:
-                b = tl.load(branch_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32) - b_mean[:, None]
-                if post_norm.weight is not None:
-                    dout *= row(post_norm.weight, offs, mask_c)
-                db = _layer_norm_bwd(dout, b * b_rstd[:, None], b_rstd, b_average, b_slope)
-                tl.store(db_ptr + token * C + offs[None, :], db.to(dtype), mask=mask)
+                tl.store(sums + 3 * C + offs, tl.sum(dz * zhat[g * TRIPS + k].to(tl.float32), 0), mask=mask_c)
+                scaled *= tl.rsqrt(row(w.bn2.variance, offs, mask_c, other=1.0) + EPS.bn2)
+            if w.bn2.weight is not None:
+                scaled *= row(w.bn2.weight, offs, mask_c)
+            dz_scaled += (scaled.to(dtype),)
+        for part in tl.static_range(PARTS):
+            da = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            for k in tl.static_range(TRIPS):
+                offs, mask_c = columns(g * TRIPS + k, C_G, CHUNK)
+                up_ptrs, mask = up_tile(w.up, offs, mask_c, part, D_G, BLOCK_D)
+                up = tl.load(up_ptrs, mask=mask, other=0.0)
+                da = tl.dot(dz_scaled[k], up, da, input_precision="tf32x3")
+            offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+            da_ptrs = da_ptr + token * D + g * D_G + offs_d[None, :]
+            tl.store(da_ptrs, da, mask=mask_n & (offs_d < D_G)[None, :])
+
+
+# BN2 gives dz0 = c (dz1 - s_b - ẑ s_g), c = weight / σ, s_b and s_g the means of dz1 and dz1 ẑ, ẑ = up (a - m) / σ.
+# With V = up scaled by c, row by row: da = dz0 up = dz1 V - s_b V - (a - m) upᵀ diag(s_g / σ) V, where the last three
+# factors are a matrix of D / G x D / G.
+@triton.jit(do_not_specialize=["R"])
+def _adapter_bwd_mid(
+    da_ptr,  # (streams, R, D) float32: dz1 V, and then the gradient of BN1's output
+    centred_ptr,  # (streams, R, D): a - m, or a where BN2 has no batch statistics
+    rows_ptr,  # (streams, programs, 2, D) float32: sums over tokens of da (h - mean) / deviation and da
+    h_ptr,  # (streams, R, D)
+    weights,
+    means_ptr,  # (streams, D) float32: m, or None
+    shifts_ptr,  # (streams, D): s_b V
+    mixing_ptr,  # (streams, G, D / G, D / G): upᵀ diag(s_g / σ) V
+    R,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    D_G: tl.constexpr = D // GROUPS
+    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
+    dtype: tl.constexpr = centred_ptr.dtype.element_ty
+    stream = tl.program_id(1)
+    w = weights[0]
+    if stream == 1:
+        w = weights[STREAMS - 1]
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_n = (offs_r < R)[:, None]
+    token = (stream.to(tl.int64) * R + offs_r)[:, None]
+    sums = rows_ptr + (stream.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2 * D
+    for g in tl.static_range(GROUPS):
+        tiles, centred = (), ()
+        for i in tl.static_range(PARTS):
+            offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
+            offs, mask_d = g * D_G + offs_d, offs_d < D_G
+            h = tl.load(h_ptr + token * D + offs[None, :], mask=mask_n & mask_d[None, :], other=0.0)
+            a = activated(h, w.bn1, EPS.bn1, offs, mask_d, dtype).to(tl.float32)
+            tiles += (a,)
+            if means_ptr is not None:
+                a -= row(means_ptr + stream * D, offs, mask_d)
+            centred += (tl.where(mask_d[None, :], a, 0.0),)
+            tl.store(centred_ptr + token * D + offs[None, :], a.to(dtype), mask=mask_n & mask_d[None, :])
+        for j in tl.static_range(PARTS):
+            offs_d = j * BLOCK_D + tl.arange(0, BLOCK_D)
+            offs, mask_d = g * D_G + offs_d, offs_d < D_G
+            mask = mask_n & mask_d[None, :]
+            da = tl.load(da_ptr + token * D + offs[None, :], mask=mask, other=0.0)
+            if means_ptr is not None:
+                mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+                for i in tl.static_range(PARTS):
+                    offs_i = i * BLOCK_D + tl.arange(0, BLOCK_D)
+                    matrix = mixing_ptr + ((stream * GROUPS + g) * D_G + offs_i)[:, None] * D_G + offs_d[None, :]
+                    mixing = tl.load(matrix, mask=(offs_i < D_G)[:, None] & mask_d[None, :], other=0.0)
+                    mixed = tl.dot(centred[i], mixing, mixed, input_precision="tf32x3")
+                da -= row(shifts_ptr + stream * D, offs, mask_d) + mixed
+            da = tl.where(mask & (tiles[j] > 0), da, 0.0)
+            tl.store(da_ptr + token * D + offs[None, :], da, mask=mask)
+            if EPS.bn1 is not None:
+                h = tl.load(h_ptr + token * D + offs[None, :], mask=mask, other=0.0).to(tl.float32)
+                rstd = tl.rsqrt(row(w.bn1.variance, offs, mask_d, other=1.0) + EPS.bn1)
+                hhat = (h - row(w.bn1.mean, offs, mask_d)) * rstd
+                tl.store(sums + offs, tl.sum(da * hhat, 0), mask=mask_d)
+                tl.store(sums + D + offs, tl.sum(da, 0), mask=mask_d)
 
 
 @triton.jit
-def _du(dh, w, g, offs_c, mask_c, C_G: tl.constexpr, D_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    """dh down: the gradient of LN_before's output, for channels offs_c of group g."""
-    du = None
-    for part in tl.static_range(len(dh)):
-        offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask = (offs_d < D_G)[:, None] & mask_c[None, :]
-        down = tl.load(w.down + (g * D_G + offs_d)[:, None] * C_G + offs_c[None, :], mask=mask, other=0.0)
-        du = tl.dot(dh[part], down, du, input_precision="ieee")
+def _du(
+    dh,
+    w,
+    g: tl.constexpr,
+    k: tl.constexpr,
+    C_G: tl.constexpr,
+    D_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dh down: the gradient of LN_before's output, for tile k of group g."""
+    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
+    du = tl.zeros((BLOCK_N, CHUNK), tl.float32)
+    for part in tl.static_range(PARTS):
+        down_ptrs, mask = down_tile(w.down, g, part, k, C_G, CHUNK, D_G, BLOCK_D)
+        down = tl.load(down_ptrs, mask=mask, other=0.0)
+        du = tl.dot(dh[g * PARTS + part], down, du, input_precision="tf32x3")
     return du
 
 
@@ -235,10 +335,13 @@ def _du(dh, w, g, offs_c, mask_c, C_G: tl.constexpr, D_G: tl.constexpr, BLOCK_D:
 def _adapter_bwd_down(
     dx_ptr,  # (streams, n, N, C)
     u_ptr,  # the same: LN_before(X')
+    dh_ptr,  # (streams, n, N, D)
     rows_ptr,  # (programs, 2, C) float32: sums over tokens of du x̂ and du
     ds_ptr,  # (programs, m, C) float32
     dgate_ptr,  # (programs,) float32, of gate_av
-    dh_ptr,  # (streams, n, N, D)
+    da_ptr,  # (streams, n, N, D) float32, of BN1's output
+    h_ptr,  # (streams, n, N, D)
+    bn1_ptr,  # (streams, 5, D) float32, or None: BN1's factor, means of da and da ĥ, its mean and 1 / deviation
     dout_ptr,
     xs,
     summaries_ptr,
@@ -251,7 +354,6 @@ def _adapter_bwd_down(
     stride_s_m,
     images,
     N,
-    channels,
     C: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -260,13 +362,15 @@ def _adapter_bwd_down(
     EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    num_stages: tl.constexpr,
 ):
     C_G: tl.constexpr = C // GROUPS
     D_G: tl.constexpr = D // GROUPS
-    dtype = dx_ptr.dtype.element_ty
+    TRIPS: tl.constexpr = (C_G + CHUNK - 1) // CHUNK
+    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
+    dtype: tl.constexpr = dx_ptr.dtype.element_ty
+    HELD: tl.constexpr = dtype if C > WIDE else tl.float32
     program = tl.program_id(0).to(tl.int64)
     stream, image, offs_n = place(images, N, BLOCK_N)
     w = weights[0]
@@ -275,208 +379,195 @@ def _adapter_bwd_down(
     gate_av = tl.where(stream == 0, gate_of(gates_av[0]), gate_of(gates_av[STREAMS - 1]))
     mask_n = (offs_n < N)[:, None]
     token = ((stream * images + image) * N + offs_n)[:, None]
-    dh_rows = dh_ptr + token * D
     dout_rows = dout_ptr + stream * dout_strides[0] + image * dout_strides[1]
     dout_rows += offs_n.to(tl.int64)[:, None] * dout_strides[2]
-    stride_c = dout_strides[3]
     x_rows = token_rows(xs, x_strides, stream, image, offs_n, STREAMS)
+
+    # 1. X', whitened where it has a norm; u.
+    x = load_tiles(x_rows, 1, mask_n, GROUPS * TRIPS, C_G, CHUNK)
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = (offs_m < M)[:, None]
-    s_rows = None
+    s_rows, weights_m, p = None, None, None
     if summaries_ptr is not None:
         s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
+        weights_m = softmax_of_latents(x, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
+        p = weights_m.to(dtype)
+    x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK)
+    mean, rstd = moments(x, EPS.ln_before, C, C_G, CHUNK)
+    xhat = ()
+    for t in tl.static_range(GROUPS * TRIPS):
+        offs, mask_c = columns(t, C_G, CHUNK)
+        u = x[t]
+        if EPS.ln_before is not None:
+            u = (u - mean[:, None]) * rstd[:, None]
+            xhat += (tl.where(mask_c[None, :], u, 0.0).to(dtype),)
+            u = affine(u, w.ln_before, offs, mask_c)
+        tl.store(u_ptr + token * C + offs[None, :], u.to(dtype), mask=mask_n & mask_c[None, :])
 
-    # 1. The softmax.
-    weights_m, mean = attend(
-        x_rows, mask_n, s_rows, mask_m, gate_av, GROUPS * channels, C, M, BLOCK_N, BLOCK_M, BLOCK_C, num_stages
-    )
-    p = weights_m.to(dtype)
+    # 2. Through BN1 and down.
+    dh = ()
+    for i in tl.static_range(GROUPS * PARTS):
+        offs_d = i % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
+        offs, mask_d = i // PARTS * D_G + offs_d, offs_d < D_G
+        mask = mask_n & mask_d[None, :]
+        d = tl.load(da_ptr + token * D + offs[None, :], mask=mask, other=0.0)
+        if bn1_ptr is not None:
+            table = bn1_ptr + stream * 5 * D
+            hhat = tl.load(h_ptr + token * D + offs[None, :], mask=mask, other=0.0).to(tl.float32)
+            hhat = (hhat - row(table + 3 * D, offs, mask_d)) * row(table + 4 * D, offs, mask_d)
+            d -= row(table + D, offs, mask_d) + hhat * row(table + 2 * D, offs, mask_d)
+            d = tl.where(mask, d * row(table, offs, mask_d), 0.0)
+        dh += (d.to(dtype),)
+        tl.store(dh_ptr + token * D + offs[None, :], dh[i], mask=mask)
+    dr = ()
+    for t in tl.static_range(GROUPS * TRIPS):
+        dr += (_du(dh, w, t // TRIPS, t % TRIPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D).to(HELD),)
 
-    # 2. LN_before's sums.
-    zeros = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    squares, v_sum, vx_sum = zeros, zeros, zeros
-    rstd = tl.full((BLOCK_N,), 1.0, tl.float32)
+    # 3. Through LN_before.
     if EPS.ln_before is not None:
-        for g in tl.static_range(GROUPS):
-            dh = _of_group(dh_rows, mask_n, g, D_G, BLOCK_D)
-            for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
-                offs_c = start + tl.arange(0, BLOCK_C)
-                mask_c = offs_c < C_G
-                offs = g * C_G + offs_c
-                x = seen(x_rows, mask_n, s_rows, mask_m, p, gate_av, offs, mask_c)
-                x = tl.where(mask_c[None, :], x - mean[:, None], 0.0)
-                v = _du(dh, w, g, offs_c, mask_c, C_G, D_G, BLOCK_D)
-                if w.ln_before.weight is not None:
-                    v *= row(w.ln_before.weight, offs, mask_c)
-                squares += x * x
-                v_sum += v
-                vx_sum += v * x
-        rstd = tl.rsqrt(tl.sum(squares, 1) / C + EPS.ln_before)
-    average, slope = tl.sum(v_sum, 1) / C, rstd * tl.sum(vx_sum, 1) / C
+        v_sum, vx_sum = tl.zeros((BLOCK_N, CHUNK), tl.float32), tl.zeros((BLOCK_N, CHUNK), tl.float32)
+        scaled = ()
+        for t in tl.static_range(GROUPS * TRIPS):
+            if C > WIDE:
+                tl.debug_barrier()
+            offs, mask_c = columns(t, C_G, CHUNK)
+            v, normed = dr[t].to(tl.float32), xhat[t].to(tl.float32)
+            tl.store(rows_ptr + program * 2 * C + offs, tl.sum(v * normed, 0), mask=mask_c)
+            tl.store(rows_ptr + program * 2 * C + C + offs, tl.sum(v, 0), mask=mask_c)
+            if w.ln_before.weight is not None:
+                v *= row(w.ln_before.weight, offs, mask_c)
+            v_sum += v
+            vx_sum += v * normed
+            scaled += (v.to(HELD),)
+        average, slope = tl.sum(v_sum, 1) / C, tl.sum(vx_sum, 1) / C
+        dr = ()
+        for t in tl.static_range(GROUPS * TRIPS):
+            _, mask_c = columns(t, C_G, CHUNK)
+            d = _layer_norm_bwd(scaled[t].to(tl.float32), xhat[t].to(tl.float32), rstd, average, slope)
+            dr += (tl.where(mask_n & mask_c[None, :], d, 0.0).to(HELD),)
 
-    # 3. The softmax's gradient.
+    # 4. Through the softmax.
     dlogits = p
     if summaries_ptr is not None:
         dp = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for g in tl.static_range(GROUPS):
-            dh = _of_group(dh_rows, mask_n, g, D_G, BLOCK_D)
-            for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
-                offs_c = start + tl.arange(0, BLOCK_C)
-                mask_c = offs_c < C_G
-                offs = g * C_G + offs_c
-                dr = _du(dh, w, g, offs_c, mask_c, C_G, D_G, BLOCK_D)
-                if EPS.ln_before is not None:
-                    x = seen(x_rows, mask_n, s_rows, mask_m, p, gate_av, offs, mask_c)
-                    xhat = (x - mean[:, None]) * rstd[:, None]
-                    if w.ln_before.weight is not None:
-                        dr *= row(w.ln_before.weight, offs, mask_c)
-                    dr = _layer_norm_bwd(dr, xhat, rstd, average, slope)
-                s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
-                dp = tl.dot(dr.to(dtype), s.T, dp, input_precision="ieee")
+        for t in tl.static_range(GROUPS * TRIPS):
+            offs, mask_c = columns(t, C_G, CHUNK)
+            s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
+            dp = tl.dot(dr[t].to(dtype), s.T, dp, input_precision="tf32x3")
         total = tl.sum(weights_m * dp, 1)
         tl.store(dgate_ptr + program, tl.sum(total))
         dlogits = (gate_av * weights_m * (dp - total[:, None])).to(dtype)
 
-    # 4. The gradients.
-    for g in tl.static_range(GROUPS):
-        dh = _of_group(dh_rows, mask_n, g, D_G, BLOCK_D)
-        for start in tl.range(0, channels, BLOCK_C, num_stages=num_stages):
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < C_G
-            offs = g * C_G + offs_c
-            mask = mask_n & mask_c[None, :]
-            u = seen(x_rows, mask_n, s_rows, mask_m, p, gate_av, offs, mask_c)
-            dr = _du(dh, w, g, offs_c, mask_c, C_G, D_G, BLOCK_D)
-            if EPS.ln_before is not None:
-                u = (u - mean[:, None]) * rstd[:, None]
-                tl.store(rows_ptr + program * 2 * C + offs, tl.sum(dr * u, 0), mask=mask_c)
-                tl.store(rows_ptr + program * 2 * C + C + offs, tl.sum(dr, 0), mask=mask_c)
-                if w.ln_before.weight is not None:
-                    dr *= row(w.ln_before.weight, offs, mask_c)
-                dr = _layer_norm_bwd(dr, u, rstd, average, slope)
-                if w.ln_before.weight is not None:
-                    u *= row(w.ln_before.weight, offs, mask_c)
-                if w.ln_before.bias is not None:
-                    u += row(w.ln_before.bias, offs, mask_c)
-            tl.store(u_ptr + token * C + offs[None, :], u.to(dtype), mask=mask)
-            dx = tl.load(dout_rows + offs[None, :] * stride_c, mask=mask, other=0.0).to(tl.float32) + dr
-            if summaries_ptr is not None:
-                x = tl.load(x_rows + offs[None, :], mask=mask, other=0.0)
-                s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
-                dx += tl.dot(dlogits, s, input_precision="ieee")
-                ds = gate_av * tl.dot(p.T, dr.to(dtype), input_precision="ieee")
-                ds = tl.dot(dlogits.T, x, ds, input_precision="ieee")
-                ds_rows = ds_ptr + (program * M + offs_m)[:, None] * C
-                tl.store(ds_rows + offs[None, :], ds, mask=mask_m & mask_c[None, :])
-            tl.store(dx_ptr + token * C + offs[None, :], dx.to(dtype), mask=mask)
+    # 5. The sums.
+    for t in tl.static_range(GROUPS * TRIPS):
+        if C > WIDE:
+            tl.debug_barrier()
+        offs, mask_c = columns(t, C_G, CHUNK)
+        mask = mask_n & mask_c[None, :]
+        dx = _load(dout_rows, dout_strides[3], mask_n, offs, mask_c) + dr[t].to(tl.float32)
+        if summaries_ptr is not None:
+            x_tile = tl.load(x_rows + offs[None, :], mask=mask, other=0.0)
+            s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
+            dx += tl.dot(dlogits, s, input_precision="tf32x3")
+            ds = gate_av * tl.dot(p.T, dr[t].to(dtype), input_precision="tf32x3")
+            ds = tl.dot(dlogits.T, x_tile, ds, input_precision="tf32x3")
+            ds_rows = ds_ptr + (program * M + offs_m)[:, None] * C
+            tl.store(ds_rows + offs[None, :], ds, mask=mask_m & mask_c[None, :])
+        tl.store(dx_ptr + token * C + offs[None, :], dx.to(dtype), mask=mask)
 
 
-class Layout(NamedTuple):
-    """What the launches of an op have in common; constants as the tuning rows have them, by the bottleneck's width."""
+class Shared(NamedTuple):
+    """What the launches of one step have in common. constants: as `adapter.tiling` has them, with STREAMS and EPS."""
 
     images: int
     N: int
-    channels: Any
-    programs: int
-    blocks: int
-    constants: dict[str, Any]
     weights: tuple[Weights, ...]
+    constants: dict[str, Any]
+
+    @property
+    def blocks(self) -> int:
+        """Of tokens of an image."""
+        return triton.cdiv(self.N, self.constants["BLOCK_N"])
+
+    @property
+    def programs(self) -> int:
+        return self.constants["STREAMS"] * self.images * self.blocks
+
+    def launch(self, kernel: Any, args: tuple, **constants: int) -> _launch.Launch:
+        """A program for each block of tokens."""
+        return _launch.Launch(kernel, (self.programs,), args, self.constants | constants)
 
 
-def layout(
-    op: str,
-    xs: Sequence[Tensor],
-    weights: Sequence[Weights],
-    post_norm: Norm | None,
-    eps: Sequence[float],
-    architecture: int,
-) -> Layout:
-    """op: whose tuning rows."""
-    n, N, C = xs[0].shape
-    D, channels = weights[0].down.shape
-    constants, _ = _tuning.row(op, architecture, xs[0].dtype, D)
-    for name, size in {"BLOCK_N": N, "BLOCK_C": channels, "BLOCK_D": D * channels // C}.items():
-        constants[name] = min(constants[name], block(size))
-    norms = *(getattr(weights[0], name) for name in NORMS), post_norm
-    constants |= {"C": C, "D": D, "GROUPS": C // channels, "STREAMS": len(xs)}
-    constants["EPS"] = Eps(*(None if norm is None else value for norm, value in zip(norms, eps)))
-    blocks = triton.cdiv(N, constants["BLOCK_N"])
-    filled = tuple(w._replace(**{name: getattr(w, name) or kind() for name, kind in NORMS.items()}) for w in weights)
-    # As in kernels/adapter.py: a bound that the compiler does not know, which the interpreter cannot take.
-    bound = channels if architecture else tl.constexpr(channels)
-    return Layout(n, N, bound, len(xs) * n * blocks, blocks, constants, filled)
-
-
-def block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))  # tl.dot takes no less
-
-
-def ungated(weights: Sequence[Weights]) -> tuple[Weights, ...]:
-    return tuple(w._replace(gate_av=None, gate=None) for w in weights)
+def branch_launch(
+    db: Tensor, dout: Tensor, branches: Sequence[Tensor], post_norm: Norm, shared: Shared
+) -> _launch.Launch:
+    strides = dout.stride(), tuple(b.stride()[:2] for b in branches)
+    args = db, dout, tuple(branches), post_norm, *strides, shared.images, shared.N
+    constants = {name: value for name, value in shared.constants.items() if name not in ("D", "BLOCK_D")}
+    return _launch.Launch(_adapter_bwd_branch, (shared.programs,), args, constants)
 
 
 def up_launch(
-    dz: Tensor,
-    db: Tensor | None,
+    dz: Tensor, da: Tensor, rows: Tensor, h: Tensor, dout: Tensor, gates: Sequence[Tensor | None], shared: Shared
+) -> _launch.Launch:
+    args = dz, da, rows, h, dout, shared.weights, tuple(gates), dout.stride(), shared.images, shared.N
+    return shared.launch(_adapter_bwd_up, args)
+
+
+def mid_launch(
+    da: Tensor,
+    centred: Tensor,
     rows: Tensor,
     h: Tensor,
-    dout: Tensor,
-    branches: Sequence[Tensor],
-    post_norm: Norm | None,
-    averages: Tensor | None,
-    shared: Layout,
+    means: Tensor | None,
+    shifts: Tensor | None,
+    mixing: Tensor | None,
+    shared: Shared,
 ) -> _launch.Launch:
-    args = (
-        dz,
-        db,
-        rows,
-        h,
-        dout,
-        tuple(branches),
-        ungated(shared.weights),
-        tuple(w.gate for w in shared.weights),
-        post_norm or Norm(),
-        averages,
-        dout.stride(),
-        tuple(b.stride()[:2] for b in branches),
-        shared.images,
-        shared.N,
-        shared.channels,
-    )
-    return _launch.Launch(_adapter_bwd_up, (shared.programs,), args, shared.constants)
+    """da, centred, h (streams, R, D); rows (streams, programs, 2, D), a program for TOKENS tokens."""
+    R = h.shape[1]
+    args = da, centred, rows, h, shared.weights, means, shifts, mixing, R
+    constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS", "BLOCK_D")}
+    constants |= {"BLOCK_R": TOKENS, "BLOCK_D": min(constants["BLOCK_D"], 64), "num_warps": 4}
+    return _launch.Launch(_adapter_bwd_mid, (triton.cdiv(R, TOKENS), len(h)), args, constants)
 
 
 def down_launch(
     dx: Tensor,
     u: Tensor,
+    dh: Tensor,
     rows: Tensor,
     ds: Tensor | None,
     dgate: Tensor | None,
-    dh: Tensor,
+    da: Tensor,
+    h: Tensor,
+    bn1: Tensor | None,
     dout: Tensor,
     xs: Sequence[Tensor],
     summaries: Tensor | None,
-    shared: Layout,
+    gates_av: Sequence[Tensor | None],
+    shared: Shared,
 ) -> _launch.Launch:
     latents = 0 if summaries is None else summaries.shape[2]
     args = (
         dx,
         u,
+        dh,
         rows,
         ds,
         dgate,
-        dh,
+        da,
+        h,
+        bn1,
         dout,
         tuple(xs),
         summaries,
-        tuple(w.gate_av for w in shared.weights),
-        ungated(shared.weights),
+        tuple(gates_av),
+        shared.weights,
         dout.stride(),
         tuple(x.stride()[:2] for x in xs),
         *((0, 0, 0) if summaries is None else summaries.stride()[:3]),
         shared.images,
         shared.N,
-        shared.channels,
     )
-    constants = shared.constants | {"M": latents, "BLOCK_M": block(latents)}
-    return _launch.Launch(_adapter_bwd_down, (shared.programs,), args, constants)
+    return shared.launch(_adapter_bwd_down, args, M=latents, BLOCK_M=block(latents))

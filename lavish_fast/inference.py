@@ -63,7 +63,7 @@ class FoldedStep(nn.Module):
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         """x, branch (streams, n, N, C) -> the same."""
         z = x
-        ops.choose("adapter", self.path, x[0], self.down.shape[1], lambda: [_FOLDED])
+        ops.choose("adapter", self.path, x[0], x.shape[-1], lambda: [_FOLDED])
         if self.latents is not None:
             # Each stream is gathered from by the latents of the other.
             summary = reference.gather_latents(self.latents.flip(0), z).flip(0)

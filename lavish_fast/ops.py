@@ -133,7 +133,7 @@ def adapter(
     # Trained latents may be wider than the streams.
     latents = [None if a.latents is None else a.latents.to(x.dtype) for a, x in zip(adapters, xs, strict=True)]
     reasons = partial(_adapter_reasons, xs, branches, adapters, latents, norm, drop_path, training, batch)
-    if choose("adapter", path, xs[0], len(adapters[0].down), reasons):
+    if choose("adapter", path, xs[0], xs[0].shape[-1], reasons):
         summaries = None if latents[0] is None else gather_kernel.gather_latents(latents, others)
         given, eps = (xs, branches, summaries, *_weights(adapters, norm)), _eps(adapters, norm)
         if not training:
