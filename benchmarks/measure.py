@@ -64,7 +64,7 @@ EXECUTIONS = {
     "blocks": "torch.compile of each block by itself",
     "graph": "eager, captured as one CUDA graph (inference)",
     "blocks+graph": "each block compiled, the whole captured as one CUDA graph (inference)",
-    "own": "as lavish_fast.optimize compiles and captures it (inference)",
+    "own": "as lavish_fast.optimize compiles and captures it",
 }
 
 
