@@ -233,9 +233,16 @@ def tune(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     batch: Annotated[int, typer.Option(min=1, help="Clips at once.")] = 8,
     seconds: Annotated[float, typer.Option(min=0, help="Of timing per candidate.")] = 0.05,
+    stage: Annotated[int | None, typer.Option(min=1, help="One stage of the backbone, by default all.")] = None,
+    builders: Annotated[int | None, typer.Option(min=0, help="Processes that build candidates; one a core.")] = None,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds after which no candidate begins.")] = float("inf"),
     device: Device = None,
 ) -> int:
     """Finds launch constants for the card at hand and prints rows to paste into kernels/_tuning.py."""
+    from concurrent.futures import ProcessPoolExecutor
+    from contextlib import nullcontext
+    from multiprocessing import get_context
+
     import torch
 
     from benchmarks import tune as module
@@ -244,17 +251,28 @@ def tune(
     if device != "cuda":
         raise typer.BadParameter("device: expected cuda, whose kernels are tuned, got cpu")
     dtype = choose_one("dtype", dtype, ("bfloat16", "float16", "float32"), "bfloat16")
-    console, failed = _console(), False
-    with console.status("") as status:
-        for name in choose("op", op, module.OPS, module.OPS):
-            status.update(name)
-            for tuned in module.tune(name, _preset(preset, device), getattr(torch, dtype), batch, device, seconds):
-                console.print(tuned.row(), soft_wrap=True)
-                if tuned.failed:
-                    reasons = ", ".join(f"{count} {why}" for why, count in tuned.failed.items())
-                    console.print(f"    # {tuned.tried} tried, of which failed: {reasons}", soft_wrap=True)
-                failed |= "wrong" in tuned.failed
-    return 1 if failed else 0
+    preset, until = _preset(preset, device), time.monotonic() + budget
+    targets = [
+        module.Target(name, preset, at, getattr(torch, dtype), batch, device)
+        for name in choose("op", op, module.OPS, module.OPS)
+        for at in module.stages(name, preset)
+        if stage in (None, at)
+    ]
+    if not targets:
+        raise typer.BadParameter(f"stage: expected one of the backbone's, got {stage}")
+    builders = results.cores() if builders is None else builders
+    # A process that has begun with CUDA cannot be forked.
+    processes = ProcessPoolExecutor(builders, get_context("spawn")) if builders else nullcontext()
+    console, wrong = _console(), False
+    with console.status("") as status, processes as pool:
+        for target in targets:
+            status.update(f"{target.op} stage {target.stage}")
+            tuned = module.tune(target, seconds, builders=pool, until=until)
+            console.print(tuned.row(), soft_wrap=True)
+            left = [f"{count} {why}" for why, count in tuned.dropped.items()]
+            console.print(f"    # stage {target.stage}: {', '.join([f'{tuned.tried} tried', *left])}", soft_wrap=True)
+            wrong |= "wrong" in tuned.dropped
+    return 1 if wrong else 0
 
 
 @app.command()

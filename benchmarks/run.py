@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -142,6 +143,18 @@ class Truth:
         if names := [name for name in expected if isinstance(name, str)]:
             errors.append(relative_error(*(torch.cat([g[name].flatten() for name in names]) for g in (got, expected))))
         return errors
+
+
+def budgets(precision: measure.Precision, control: Sequence[float] | None, *, training: bool) -> Iterator[float]:
+    """The errors that outputs, and in training one gradient after the other, may have.
+
+    control: those of the reference in this precision, for paths that are held to twice as much.
+    """
+    output = min(100 * precision.cap, precision.gradient_cap) if training else precision.cap
+    caps = itertools.chain([output], itertools.repeat(precision.gradient_cap))
+    if control is None:
+        return caps
+    return (min(cap, 2 * error + 4 * precision.eps) for cap, error in zip(caps, control))
 
 
 def step(
@@ -313,12 +326,7 @@ class Group:
     def _check(self, candidate: Candidate) -> None:
         path, execution, name = (candidate.key[k] for k in ("path", "execution", "dtype"))
         precision = PRECISIONS[name]
-        caps = [precision.cap]
-        if self.training:
-            gradients = len(self.problem.differentiated) + 1
-            caps = [min(100 * precision.cap, precision.gradient_cap), *[precision.gradient_cap] * gradients]
-        if path in STRICT:
-            caps = [min(cap, 2 * error + 4 * precision.eps) for cap, error in zip(caps, self._control(name))]
+        caps = budgets(precision, self._control(name) if path in STRICT else None, training=self.training)
         if execution != "eager":
             torch._dynamo.reset()
         memory = measure.Memory(self.device)
