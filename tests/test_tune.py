@@ -9,7 +9,7 @@ from lavish_fast.kernels import _tuning
 
 from benchmarks import measure, tune
 from benchmarks.cases import PRESETS
-from kernel_parity import DEVICE
+from kernel_parity import DEVICE, poisoned  # noqa: F401
 from test_cases import TINY
 
 EMBED = TINY.swin.backbone.embed_dim
