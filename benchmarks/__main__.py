@@ -153,6 +153,7 @@ def run(
 
 @app.command()
 def ladder(
+    mode: Annotated[str, typer.Option(help="inference or training.")] = "inference",
     preset: PresetName = None,
     device: Device = None,
     batch: Annotated[int, typer.Option(min=1, help="Clips at once.")] = 2,
@@ -163,18 +164,23 @@ def ladder(
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that one rung may take in all.")] = None,
     out: Out = None,
 ) -> int:
-    """What each technique adds, a fresh process a rung: appends rows, draws ladder.svg and .png beside them."""
+    """What each technique adds, a fresh process a rung: appends rows, draws ladder.svg and .png beside them.
+
+    Those of training are called ladder-training.
+    """
     from benchmarks import ladder as module
 
+    mode = choose_one("mode", mode, module.RUNGS, mode)
     device = _device(device)
     preset = _preset(preset, device)
     execution = choose_one("execution", execution, ("blocks", "eager"), "blocks")
     _batches(str(batch), device)
-    out = out or results.folder(device) / "ladder.jsonl"
+    name = "ladder.jsonl" if mode == "inference" else f"ladder-{mode}.jsonl"
+    out = out or results.folder(device) / name
     console, rungs = _console(), []
     with console.status("") as status:
-        climb = module.climb(device, preset, batch, execution, seconds, timeout)
-        for rung in module.RUNGS:
+        climb = module.climb(device, mode, preset, batch, execution, seconds, timeout)
+        for rung in module.RUNGS[mode]:
             status.update(rung.label)
             row = next(climb)
             results.append(out, [{**row, "rung": rung.label}])

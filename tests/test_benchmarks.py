@@ -71,6 +71,7 @@ def test_run_fails_when_a_path_is_wrong(tiny, tmp_path, monkeypatch):
         (["run", "--preset", "huge"], "preset: expected some of paper, small, got huge"),
         (["run", "--batch", "3", "--device", "cpu"], "batch: expected 1 or even numbers of clips, got 3"),
         (["run", "--batch", "two", "--device", "cpu"], "batch: expected 1 or even numbers of clips, got two"),
+        (["ladder", "--mode", "sleeping"], "mode: expected some of inference, training, got sleeping"),
         (["ladder", "--execution", "blocks,eager"], "execution: expected one of blocks, eager"),
         (["roofline", "--model", "big"], "model: expected some of ave-swinv2-large"),
         (["roofline", "--tflops", "5"], "limits: expected both --tflops and --gb-per-s"),
@@ -141,7 +142,8 @@ def test_compare_and_tables_read_what_run_wrote(tiny, tmp_path):
 def test_ladder_climbs_in_processes_of_their_own(tmp_path, monkeypatch):
     from benchmarks import ladder
 
-    monkeypatch.setattr(ladder, "RUNGS", (ladder.RUNGS[0], ladder.RUNGS[2], ladder.RUNGS[5]))
+    first, _, third, _, _, sixth, *_ = ladder.RUNGS["inference"]
+    monkeypatch.setitem(ladder.RUNGS, "inference", (first, third, sixth))
     out = tmp_path / "ladder.jsonl"
     arguments = ("--device", "cpu", "--preset", "small", "--batch", "1", "--execution", "eager", "--seconds", "0")
     run("ladder", *arguments, "--out", out)
@@ -153,6 +155,33 @@ def test_ladder_climbs_in_processes_of_their_own(tmp_path, monkeypatch):
     ]
     assert (tmp_path / "ladder.svg").is_file()
     assert (tmp_path / "ladder.png").is_file()
+
+
+def test_the_ladder_of_training_has_a_file_and_pictures_of_its_own(tmp_path, monkeypatch):
+    from benchmarks import ladder
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    asked = []
+
+    def climb(device, mode, *rest):
+        for rung in ladder.RUNGS[mode]:
+            asked.append(mode)
+            key = {"case": "ave", "mode": mode, "preset": "small", "batch": 2, "setting": {}, "path": rung.path}
+            key |= {"execution": "eager", "dtype": rung.dtype, "device": "a CPU", "threads": 1}
+            yield key | {"status": "skipped", "reason": "no time"}
+
+    monkeypatch.setattr(ladder, "climb", climb)
+    output = run("ladder", "--mode", "training", "--device", "cpu", "--execution", "eager")
+    folder = results.folder("cpu")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"ladder-training.{suffix}" for suffix in ("jsonl", "png", "svg")
+    ]
+    assert asked == ["training"] * len(ladder.RUNGS["training"])
+    assert "+ CUDA graphs: optimize" in output
+    assert [row["rung"] for row in results.read(folder / "ladder-training.jsonl")] == [
+        rung.label for rung in ladder.RUNGS["training"]
+    ]
+    assert "AVE training, small preset" in (folder / "ladder-training.svg").read_text()
 
 
 # benchmarks/gpu.sh

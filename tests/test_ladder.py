@@ -3,8 +3,11 @@ import sys
 
 import pytest
 
-from benchmarks import ladder, results
-from benchmarks.ladder import RUNGS, climb, draw, figure
+from benchmarks import cases, ladder, results
+from benchmarks.ladder import climb, draw, figure
+from benchmarks.measure import EXECUTIONS, PRECISIONS
+
+RUNGS = ladder.RUNGS["inference"]
 
 
 def row(key, **changes):
@@ -43,7 +46,7 @@ def processes(monkeypatch):
             raise outcome
         if isinstance(outcome, subprocess.CompletedProcess):
             return outcome
-        key = {"case": "ave", "mode": "inference", "preset": option(command, "--preset"), "setting": {}}
+        key = {"case": "ave", "mode": option(command, "--mode"), "preset": option(command, "--preset"), "setting": {}}
         key |= {"batch": int(option(command, "--batch")), **dict(zip(("path", "execution", "dtype"), how))}
         with open(option(command, "--out"), "x"):  # a file of its own, that nobody wrote before
             pass
@@ -56,8 +59,8 @@ def processes(monkeypatch):
     return commands, outcomes
 
 
-def climbed(execution="blocks", timeout=60.0):
-    return list(climb("cpu", "small", 4, execution, 1.5, timeout))
+def climbed(execution="blocks", timeout=60.0, mode="inference"):
+    return list(climb("cpu", mode, "small", 4, execution, 1.5, timeout))
 
 
 def test_one_fresh_process_a_rung(processes):
@@ -92,6 +95,34 @@ def test_one_fresh_process_a_rung(processes):
     assert len({option(command, "--out") for command, *_ in commands}) == len(RUNGS)
     assert not any(results.Path(option(command, "--out")).exists() for command, *_ in commands)
     assert {r["status"] for r in rows} == {"ok"}
+
+
+def test_the_ladder_of_training(processes):
+    commands, _ = processes
+    rows = climbed(mode="training")
+    assert {option(command, "--mode") for command, *_ in commands} == {row["mode"] for row in rows} == {"training"}
+    ways = [tuple(option(command, n) for n in ("--path", "--execution", "--dtype")) for command, *_ in commands]
+    assert ways == [
+        ("released", "eager", "float32"),
+        ("released", "eager", "bfloat16-autocast"),
+        ("released-bmm", "blocks", "bfloat16-autocast"),
+        ("concatenated", "blocks", "bfloat16"),
+        ("fused", "blocks", "bfloat16"),
+        ("optimized", "own", "bfloat16"),
+    ]
+    del commands[:]
+    rows = climbed("eager", mode="training")
+    assert [option(command, "--path") for command, *_ in commands] == ["released", "released", "concatenated", "fused"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "skipped", "ok", "ok", "skipped"]
+
+
+@pytest.mark.parametrize("mode", ladder.RUNGS)
+def test_every_rung_can_be_asked_for(mode):
+    paths = cases.CASES["ave"].paths if mode == "inference" else cases._TRAINS
+    for rung in ladder.RUNGS[mode]:
+        assert rung.path in paths
+        assert rung.dtype in PRECISIONS
+        assert rung.execution is None or rung.execution in EXECUTIONS
 
 
 def test_an_eager_ladder_compiles_nothing(processes):
@@ -145,7 +176,14 @@ def rungs():
     reasons = iter([("failed", "exit code -9: Killed"), ("skipped", "xformers' attention takes CUDA tensors, " * 3)])
     found = []
     for rung, speed in zip(RUNGS, speeds):
-        key = {"preset": "small", "batch": 2, "path": rung.path, "execution": "eager", "dtype": rung.dtype}
+        key = {
+            "mode": "inference",
+            "preset": "small",
+            "batch": 2,
+            "path": rung.path,
+            "execution": "eager",
+            "dtype": rung.dtype,
+        }
         if speed is None:
             status, reason = next(reasons)
             found.append((rung, key | {"device": "a CPU", "status": status, "reason": reason}))
