@@ -360,15 +360,48 @@ def tables(
     from benchmarks import tables as module
     from benchmarks.cases import PRESETS
 
-    folder = rows or results.folder("cuda" if results.has_card() else "cpu")
-    found = module.load(folder)
-    measured = Counter(row["preset"] for row in found if row["status"] == "ok")
-    preset = choose_one("preset", preset, PRESETS, max(PRESETS, key=measured.__getitem__))
+    folder, found, preset = _rows(rows, preset, PRESETS)
     console = _console()
     for table in module.report(found, preset):
         console.print(table)
         console.print()
     console.print(f"in {', '.join(map(str, module.write(folder, preset, out or folder)))}", soft_wrap=True)
+
+
+def _rows(rows: Path | None, preset: str | None, presets: Iterable[str]) -> tuple[Path, list[dict[str, Any]], str]:
+    """A folder of rows, by default this device's, its rows, and the preset, by default the one with more of them."""
+    from benchmarks.tables import load
+
+    folder = rows or results.folder("cuda" if results.has_card() else "cpu")
+    found = load(folder)
+    measured = Counter(row["preset"] for row in found if row["status"] == "ok")
+    return folder, found, choose_one("preset", preset, presets, max(presets, key=measured.__getitem__))
+
+
+@app.command()
+def memory(
+    mode: Annotated[str, typer.Option(help="inference or training.")] = "training",
+    rows: Annotated[Path | None, typer.Option(help="Folder of rows; by default this device's.")] = None,
+    preset: Annotated[str | None, typer.Option(help="small or paper; by default the one with more rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the picture; by default that of the rows.")] = None,
+) -> None:
+    """Peak memory of the AVE network against the batch, and MiB a clip: a table, memory-training.svg and .png.
+
+    From rows of `run --case ave --mode training --batch 1,2,4,8,16,32,64`.
+    """
+    from benchmarks import memory as module
+    from benchmarks.cases import MODES, PRESETS
+
+    mode = choose_one("mode", mode, MODES, mode)
+    folder, found, preset = _rows(rows, preset, PRESETS)
+    curves = module.curves(found, preset, mode)
+    if not curves:
+        raise ValueError(f"{folder}: expected rows of case ave in {mode} at the {preset} preset, got none with memory")
+    console = _console()
+    console.print(module.table(curves))
+    title = f"AVE {mode}: memory against the batch, {preset} preset, {found[0]['device']}"
+    pictures = module.draw(curves, title, (out or folder) / f"memory-{mode}")
+    console.print(f"in {', '.join(map(str, pictures))}", soft_wrap=True)
 
 
 @app.command()

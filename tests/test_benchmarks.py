@@ -73,6 +73,9 @@ def test_run_fails_when_a_path_is_wrong(tiny, tmp_path, monkeypatch):
         (["run", "--batch", "two", "--device", "cpu"], "batch: expected 1 or even numbers of clips, got two"),
         (["ladder", "--mode", "sleeping"], "mode: expected some of inference, training, got sleeping"),
         (["ladder", "--execution", "blocks,eager"], "execution: expected one of blocks, eager"),
+        (["memory", "--mode", "sleeping"], "mode: expected some of inference, training, got sleeping"),
+        (["profile", "--device", "cpu"], "device: expected cuda, whose kernels are listed, got cpu"),
+        (["tune", "--device", "cpu"], "device: expected cuda, whose kernels are tuned, got cpu"),
         (["roofline", "--model", "big"], "model: expected some of ave-swinv2-large"),
         (["roofline", "--tflops", "5"], "limits: expected both --tflops and --gb-per-s"),
     ],
@@ -137,6 +140,22 @@ def test_compare_and_tables_read_what_run_wrote(tiny, tmp_path):
     assert "Table 4" in output
     assert (tmp_path / "tables.md").is_file()
     assert (tmp_path / "figure_1.png").is_file()
+
+
+def test_memory_is_drawn_from_what_run_wrote(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"expected rows of case ave in training at the \w+ preset, got none"):
+        run("memory", "--rows", tmp_path)
+    arguments = ("--case", "ave", "--mode", "training", "--device", "cpu", "--preset", "small", "--batch", "1,2")
+    arguments += ("--path", "released,concatenated", "--dtype", "float32", "--seconds", 0)
+    run("run", *arguments, "--out", tmp_path / "bench.jsonl")
+    output = run("memory", "--rows", tmp_path, "--out", tmp_path / "drawn")
+    for row in results.read(tmp_path / "bench.jsonl"):
+        assert f"{row['path']} eager float32" in output
+        assert f"{row['peak_mib'] / row['batch']:,.0f}" in output
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
+        "memory-training.png",
+        "memory-training.svg",
+    ]
 
 
 def test_ladder_climbs_in_processes_of_their_own(tmp_path, monkeypatch):
