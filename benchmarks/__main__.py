@@ -161,7 +161,8 @@ def ladder(
         str, typer.Option(help="How the rungs above bfloat16 run: blocks (compiled) or eager.")
     ] = "blocks",
     seconds: Annotated[float, typer.Option(min=0, help="Of timing per rung.")] = 2.0,
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that one rung may take in all.")] = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds that one rung may take in all.")] = float("inf"),
+    budget: Annotated[float, typer.Option(min=0, help="Seconds that all of them may take.")] = float("inf"),
     out: Out = None,
 ) -> int:
     """What each technique adds, a fresh process a rung: appends rows, draws ladder.svg and .png beside them.
@@ -179,7 +180,7 @@ def ladder(
     out = out or results.folder(device) / name
     console, rungs = _console(), []
     with console.status("") as status:
-        climb = module.climb(device, mode, preset, batch, execution, seconds, timeout)
+        climb = module.climb(device, mode, preset, batch, execution, seconds, timeout=timeout, budget=budget)
         for rung in module.RUNGS[mode]:
             status.update(rung.label)
             row = next(climb)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +53,21 @@ RUNGS = {
 
 
 def climb(
-    device: str, mode: str, preset: str, batch: int, execution: str, seconds: float, timeout: float | None
+    device: str,
+    mode: str,
+    preset: str,
+    batch: int,
+    execution: str,
+    seconds: float,
+    *,
+    timeout: float = math.inf,
+    budget: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """The row of each of a mode's RUNGS, also of one whose process dies or takes longer than `timeout` seconds."""
+    """The row of each of a mode's RUNGS, also of one whose process dies or takes longer than `timeout` seconds.
+
+    budget: seconds that all of them may take.
+    """
+    until = time.monotonic() + budget
     for rung in RUNGS[mode]:
         how = rung.execution or execution
         if execution == "eager":
@@ -63,15 +77,20 @@ def climb(
         if execution == "eager" and (how == "own" or rung.path == "released-bmm"):
             yield _row(device, key, "skipped", "asked for eager")
             continue
+        given = min(timeout, until - time.monotonic())
+        if given <= 0:
+            yield _row(device, key, "skipped", "the time budget was spent")
+            continue
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "rung.jsonl"
             command = [sys.executable, "-m", "benchmarks", "run", "--case", "ave", "--mode", mode]
             command += ["--device", device, "--preset", preset, "--batch", str(batch), "--path", rung.path]
             command += ["--execution", how, "--dtype", rung.dtype, "--seconds", str(seconds), "--out", str(out)]
+            wait = given if given < math.inf else None
             try:
-                done = subprocess.run(command, cwd=results.ROOT.parents[1], capture_output=True, timeout=timeout)
+                done = subprocess.run(command, cwd=results.ROOT.parents[1], capture_output=True, timeout=wait)
             except subprocess.TimeoutExpired:
-                yield _row(device, key, "skipped", f"it took longer than {timeout:.0f} s")
+                yield _row(device, key, "skipped", f"it took longer than {given:.0f} s")
                 continue
             if out.is_file() and (rows := results.read(out)):
                 yield rows[-1] | key  # a truth that failed has no path

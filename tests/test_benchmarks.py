@@ -182,7 +182,7 @@ def test_the_ladder_of_training_has_a_file_and_pictures_of_its_own(tmp_path, mon
     monkeypatch.setattr(results, "ROOT", tmp_path)
     asked = []
 
-    def climb(device, mode, *rest):
+    def climb(device, mode, *rest, **limits):
         for rung in ladder.RUNGS[mode]:
             asked.append(mode)
             key = {"case": "ave", "mode": mode, "preset": "small", "batch": 2, "setting": {}, "path": rung.path}
@@ -216,6 +216,7 @@ if [[ $1 == -c && $2 == *find_spec* ]]; then
     for module in $LACKS; do [[ $2 == *"'$module'"* ]] && exit 0; done
     exit 1
 fi
+[[ $1 == -c && $2 == *is_available* && $CARD ]] && exit 0
 [[ $1 == -c ]] && exec {sys.executable} "$@"
 echo "$*" >>{tmp_path}/calls
 [[ $* == *"--case ave,backbone"* ]] && exit ${{FAILS:-0}}
@@ -236,11 +237,35 @@ def test_gpu_sh_runs_every_part(fake_python, tmp_path):
     done = gpu(fake_python, "--dry", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text()
-    for part in ("-m pytest -m gpu", "roofline --measure", "window_attention", "ladder", "training", "--case cmbs,mbt"):
+    for part in ("-m pytest -m gpu", "roofline --measure", "window_attention", "--case cmbs,mbt"):
         assert part in calls, part
+    for mode, name in (("inference", "ladder"), ("training", "ladder-training")):
+        assert f"--mode {mode} --batch 1 --execution eager" in calls
+        assert f"--out {tmp_path}/out/{name}.jsonl" in calls
+    assert f"memory --rows {tmp_path}/out --preset small" in calls
     steps = (tmp_path / "out" / "steps.txt").read_text()
-    assert steps.count("done") == 8
+    assert steps.count("done") == 10
     assert "skipped" not in steps
+    # What takes a card is left out.
+    assert not any(part in calls for part in ("test_kernel_", "tune", "profile", "worksteal"))
+
+
+def test_gpu_sh_on_a_card(fake_python, tmp_path):
+    done = gpu(fake_python, "--out", tmp_path / "out", CARD=1)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert "-n 12 --dist worksteal -k not buil tests/test_kernel_adapter.py" in calls
+    assert "benchmarks tune --stage 3 --seconds 0.02 --budget 28" in calls
+    assert "benchmarks profile --batch 8" in calls
+    assert "--mode training --batch 1,2,4,8,16,32,64" in calls
+    limits = [int(line.split()[-2]) for line in done.stdout.splitlines() if line.startswith("== ")]
+    assert len(limits) == 13
+    assert sum(limits[:-1]) <= 540, "the last has what the others left"
+
+
+def test_gpu_sh_gives_every_step_its_share_of_a_larger_budget(fake_python, tmp_path):
+    done = gpu(fake_python, "--dry", "--out", tmp_path / "out", "--budget", 5400)
+    assert "== roofline, bfloat16, at most 120 s" in done.stdout
 
 
 def test_gpu_sh_lists_what_is_missing_and_goes_on_without(fake_python, tmp_path):
@@ -248,6 +273,13 @@ def test_gpu_sh_lists_what_is_missing_and_goes_on_without(fake_python, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "missing: xformers (no xformers attention)" in done.stdout
     assert "-m pytest" not in (tmp_path / "calls").read_text()
+
+
+def test_gpu_sh_runs_the_tests_one_after_another_without_xdist(fake_python, tmp_path):
+    done = gpu(fake_python, "--out", tmp_path / "out", CARD=1, LACKS="xdist")
+    assert done.returncode == 0, done.stderr
+    assert "worksteal" not in (tmp_path / "calls").read_text()
+    assert "-k not buil tests/test_kernel_adapter.py" in (tmp_path / "calls").read_text()
 
 
 def test_gpu_sh_needs_torch(fake_python, tmp_path):
@@ -261,7 +293,7 @@ def test_gpu_sh_keeps_its_budget_and_lists_what_it_skipped(fake_python, tmp_path
     steps = (tmp_path / "out" / "steps.txt").read_text()
     assert done.returncode == 0, done.stderr
     assert steps.count("done") == 2
-    assert steps.count("skipped") == 6
+    assert steps.count("skipped") == 8
 
 
 def test_gpu_sh_goes_on_after_a_part_that_failed_and_says_so(fake_python, tmp_path):
@@ -269,7 +301,7 @@ def test_gpu_sh_goes_on_after_a_part_that_failed_and_says_so(fake_python, tmp_pa
     steps = (tmp_path / "out" / "steps.txt").read_text()
     assert done.returncode == 1
     assert "exit 3    inference" in steps
-    assert steps.count("done") == 7
+    assert steps.count("done") == 9
 
 
 def test_gpu_sh_refuses_what_it_does_not_know(fake_python):

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -59,8 +60,8 @@ def processes(monkeypatch):
     return commands, outcomes
 
 
-def climbed(execution="blocks", timeout=60.0, mode="inference"):
-    return list(climb("cpu", mode, "small", 4, execution, 1.5, timeout))
+def climbed(execution="blocks", mode="inference", **limits):
+    return list(climb("cpu", mode, "small", 4, execution, 1.5, **({"timeout": 60.0} | limits)))
 
 
 def test_one_fresh_process_a_rung(processes):
@@ -164,8 +165,18 @@ def test_whatever_becomes_of_a_rung_is_a_row(processes):
 
 def test_without_a_timeout(processes):
     commands, _ = processes
-    climbed(timeout=None)
+    climbed(timeout=math.inf)
     assert {timeout for *_, timeout in commands} == {None}
+
+
+def test_a_budget_for_all_rungs(processes, monkeypatch):
+    commands, _ = processes
+    clock = iter([100.0, 100.0, 150.0, 170.0, *[180.0] * 6])
+    monkeypatch.setattr(ladder.time, "monotonic", lambda: next(clock))
+    rows = climbed(budget=80.0)
+    assert [timeout for *_, timeout in commands] == [60.0, 30.0, 10.0]
+    assert [row["status"] for row in rows] == ["ok"] * 3 + ["skipped"] * 6
+    assert {row["reason"] for row in rows[3:]} == {"the time budget was spent"}
 
 
 # The picture
