@@ -65,6 +65,7 @@ EXECUTIONS = {
     "graph": "eager, captured as one CUDA graph (inference)",
     "blocks+graph": "each block compiled, the whole captured as one CUDA graph (inference)",
     "own": "as lavish_fast.optimize compiles and captures it",
+    "step": "the same, in whole steps of lavish_fast.TrainingStep (training)",
 }
 
 
@@ -95,7 +96,9 @@ def precision(name: str, device: str) -> Iterator[None]:
 
 def execute(function: Callable, execution: str, inputs: Sequence[Tensor], *, training: bool) -> Callable:
     """`function` as it is to be run. Raises: Unavailable where that cannot be had."""
-    if execution in ("eager", "own"):
+    if execution == "step" and not training:
+        raise Unavailable("for training alone")
+    if execution in ("eager", "own", "step"):
         return function
     if execution in ("graph", "blocks+graph", "reduce-overhead") and not inputs[0].is_cuda:
         raise Unavailable("CUDA graphs take a CUDA device")

@@ -21,6 +21,8 @@ from lavish_fast import ops
 # Our own: at most twice the reference's error in the same precision. The others are held to the caps alone.
 STRICT = ("model", "concatenated", "folded", "fused", "optimized")
 _ROUNDS_KEPT = 100
+_RATE = 1e-6
+_UNTIL_CAPTURED = 4  # steps of TrainingStep, three of which are no graph
 _ALL = dict.fromkeys(("path", "execution", "dtype"), "all")
 
 
@@ -100,7 +102,8 @@ def _usual(device: str, group: dict[str, Any], path: str) -> Iterator[tuple[str,
     network = case not in ops.OPS
     precisions = ["float32"] if case == "latents" and device == "cpu" else ["float32", "bfloat16"]
     if path == "optimized":
-        yield from (("own", name) for name in ("float32", "bfloat16"))
+        executions = ("own", "step") if training else ("own",)
+        yield from ((execution, name) for name in ("float32", "bfloat16") for execution in executions)
         return
     if case == "ave" and path in ("reference", "released", "released-bmm"):
         precisions.append("bfloat16-autocast")
@@ -335,7 +338,7 @@ class Group:
         with measure.precision(name, self.device), torch.set_grad_enabled(self.training):
             start = time.perf_counter()
             function = measure.execute(module, execution, inputs, training=self.training)
-            step = self._step(module, function, inputs)
+            step = self._step(module, function, inputs, whole=execution == "step")
             outputs = step(update=False)
             self._synchronise()
             first = time.perf_counter() - start
@@ -343,7 +346,7 @@ class Group:
             outputs = step(update=False)  # again: what was compiled or captured for later calls counts
             self._synchronise()
             second = time.perf_counter() - start
-            if "graph" in execution or execution in ("reduce-overhead", "own"):
+            if "graph" in execution or execution in ("reduce-overhead", "own", "step"):
                 memory.note_capture()
             errors = self.truth.errors(path, module, outputs, self.repeats, inputs)
         del outputs
@@ -382,8 +385,19 @@ class Group:
             self.control[name] = self.truth.errors("reference", module, outputs, 1, inputs)
         return self.control[name]
 
-    def _step(self, module: Callable, function: Callable, inputs: tuple[Tensor, ...], repeats: int = 0) -> Callable:
-        """One forward, or forward, backward and, of a network, Adam's update; returns the outputs."""
+    def _step(
+        self,
+        module: Callable,
+        function: Callable,
+        inputs: tuple[Tensor, ...],
+        repeats: int = 0,
+        *,
+        whole: bool = False,
+    ) -> Callable:
+        """One forward, or forward, backward and, of a network, Adam's update; returns the outputs.
+
+        whole: whether `TrainingStep` takes it.
+        """
         if not self.training:
             return lambda update: function(*inputs)
         run = step(self.problem, module, function, inputs, repeats or self.repeats)
@@ -392,7 +406,9 @@ class Group:
         trained = [p for p in module.parameters() if p.requires_grad]
         # One kernel for all parameters: on a card everyone's, on a CPU what goes with our own form.
         fused = self.device == "cuda" or isinstance(module, Trained)
-        optimizer = torch.optim.Adam(trained, lr=1e-6, fused=fused)
+        optimizer = torch.optim.Adam(trained, lr=_RATE, fused=fused)
+        if whole:
+            return self._whole(module, optimizer, inputs)
 
         def updated(update: bool) -> Any:
             outputs = run(*inputs)
@@ -401,6 +417,27 @@ class Group:
             return outputs
 
         return updated
+
+    def _whole(self, module: Callable, optimizer: torch.optim.Adam, inputs: tuple[Tensor, ...]) -> Callable:
+        from lavish_fast.runtime import FastTraining, TrainingStep
+
+        if not isinstance(getattr(module, "fast", None), FastTraining):
+            raise Unavailable("whole steps are taken of what lavish_fast.optimize made")
+        labels = _repeat(self.problem.labels.to(self.device), self.repeats)
+        taken = TrainingStep(module.fast, self.problem.loss, optimizer)
+        first = True
+
+        def step(update: bool) -> Any:
+            nonlocal first
+            # Without a rate the weights stay, and the gradients' mean is there to be checked.
+            optimizer.param_groups[0]["lr"] = _RATE if update else 0.0
+            for _ in range(_UNTIL_CAPTURED if first else 1):
+                taken.accumulate(*inputs, labels)
+                taken.finish()
+            first = False
+            return None if update else module(*inputs)
+
+        return step
 
     def _synchronise(self) -> None:
         if self.device == "cuda":

@@ -12,7 +12,7 @@ from benchmarks import cases, measure
 from benchmarks.baselines.mbt import MBTConfig
 from benchmarks.cases import CASES, MODES, PRESETS, Preset, refusal
 from benchmarks.measure import PRECISIONS, Unavailable, relative_error
-from benchmarks.run import Truth, step
+from benchmarks.run import Group, Selection, Truth, step
 from lavish_fast import runtime
 from lavish_fast.backbones.swin_v2 import WindowAttention
 from lavish_fast.config import VIT_SPECTROGRAM, AdapterConfig, Config, SpectrogramConfig, SwinV2Config, ViTConfig
@@ -201,6 +201,40 @@ def test_the_least_work_counts_each_stream_once(setting, forward, training):
     for elements, mode in ((forward, False), (training, True)):
         (op,) = ours.work(4, 2, mode)
         assert op.bytes == pytest.approx(4 * images * tokens * width * 2 * elements, rel=0.06)
+
+
+def test_whole_steps_of_the_optimised_network(monkeypatch):
+    monkeypatch.setattr(runtime, "optimize", partial(runtime.optimize, compile=False))
+    monkeypatch.setitem(PRESETS, "small", TINY)
+    selection = Selection("cpu", "small", [2], cases=["ave"], modes=["training"])
+    (key,) = selection.groups()
+    group, built = Group(selection, key, {}, {}, 0.0), []
+    group._prepare_problem()
+    build = group.problem.build
+    monkeypatch.setattr(group.problem, "build", lambda path, *a, **k: built.append(build(path, *a, **k)) or built[-1])
+    done = group.prepare("optimized", "step", "float32")
+    assert done.row["status"] == "ok", done.row["reason"]
+    module = built[-1]
+    before = [p.detach().clone() for p in module.parameters()]
+    done.call()
+    moved = [(p.detach() - old).abs().max().item() for p, old in zip(module.parameters(), before) if p.requires_grad]
+    assert 0 < max(moved) < 3e-6
+    assert len([x for x in moved if x > 1e-8]) > 0.9 * len(moved)
+    # Weights stay while a step is checked, and a wrong gradient shows.
+    true = runtime.TrainingStep.finish
+
+    def finish(step):
+        outcome = true(step)
+        for p in step._parameters:
+            p.grad.mul_(1.1)
+        return outcome
+
+    monkeypatch.setattr(runtime.TrainingStep, "finish", finish)
+    assert group.prepare("optimized", "step", "float32").row["status"] == "wrong"
+    row = group.prepare("concatenated", "step", "float32").row
+    assert (row["status"], row["reason"]) == ("skipped", "whole steps are taken of what lavish_fast.optimize made")
+    with pytest.raises(Unavailable, match="for training alone"):
+        measure.execute(module, "step", group.problem.batch(1, torch.float32, "cpu"), training=False)
 
 
 def test_weights_are_not_the_identity():
