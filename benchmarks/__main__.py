@@ -395,10 +395,10 @@ def memory(
 
     mode = choose_one("mode", mode, MODES, mode)
     folder, found, preset = _rows(rows, preset, PRESETS)
-    curves = module.curves(found, preset, mode)
+    curves, console = module.curves(found, preset, mode), _console()
     if not curves:
-        raise ValueError(f"{folder}: expected rows of case ave in {mode} at the {preset} preset, got none with memory")
-    console = _console()
+        console.print(f"{folder}: no {mode} of case ave was measured at the {preset} preset", soft_wrap=True)
+        return
     console.print(module.table(curves))
     title = f"AVE {mode}: memory against the batch, {preset} preset, {found[0]['device']}"
     pictures = module.draw(curves, title, (out or folder) / f"memory-{mode}")

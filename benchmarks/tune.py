@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -149,7 +149,7 @@ def build(target: Target, constants: dict[str, Any]) -> None:
         run()
 
 
-@cache
+@lru_cache(maxsize=1)
 def _built(target: Target) -> tuple[Run, Key]:
     run = Run(target, "fused", target.batch)
     with _asked(target.op) as keys:
