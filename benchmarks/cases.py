@@ -271,6 +271,7 @@ def _released(form: str) -> Callable[[Model], nn.Module]:
     return build
 
 
+_NARROWS = ("concatenated", "folded", "xformers", "fused", "optimized")
 _TRAINS = ("reference", "released", "released-bmm", "concatenated", "fused", "optimized")
 
 
@@ -731,6 +732,8 @@ def refusal(case: str, mode: str, path: str, precision: str, device: str) -> str
         return "xformers is missing: pip install 'xformers==0.0.35'"
     if path == "fused" and device != "cuda":
         return f"the kernels take CUDA tensors, got {device}"
+    if case == "ave" and PRECISIONS[precision].autocast and path in _NARROWS:
+        return "it narrows the weights itself, and has autocast around the trained ones"
     if path == "fused":
         x = torch.empty(0, device=device, dtype=PRECISIONS[precision].weights)
         return "; ".join(_checks.reasons(x, same_dtype=(x,))) or None

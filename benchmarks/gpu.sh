@@ -41,9 +41,9 @@ lacks matplotlib "no picture of the ladder"
     "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e . || exit 2
 
 if [[ $dry ]]; then
-    common="--device cpu --preset small" batches=1,2 clips=1,2 seconds=0.05 execution=eager batch=1
+    common="--device cpu --preset small" batches=1,2 seconds=0.05 execution=eager batch=1
 else
-    common="--device cuda --preset paper" batches=2,8,32 clips=1,2,4,8,16,32,64 seconds=0.3 execution=blocks batch=8
+    common="--device cuda --preset paper" batches=2,8,32 seconds=0.3 execution=blocks batch=8
     "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
         echo "gpu.sh: expected a CUDA card, got none (--dry runs on a CPU)" >&2
         exit 2
@@ -102,10 +102,10 @@ run "inference" 50 --case ave,backbone --mode inference --batch "$batches"
 for mode in inference training; do
     name=ladder
     [[ $mode == training ]] && name=ladder-training
-    step "$name" 85 bash -c '"$@" --budget "$BUDGET"' - "$python" -m benchmarks ladder $common --mode $mode --batch $batch \
+    step "$name" 75 bash -c '"$@" --budget "$BUDGET"' - "$python" -m benchmarks ladder $common --mode $mode --batch $batch \
         --execution $execution --seconds "$seconds" --timeout 50 --out "$out/$name.jsonl"
 done
-run "training" 40 --case ave --mode training --batch "$clips" --path released,concatenated,fused --execution eager \
+run "training" 60 --case ave --mode training --batch "$batches" --path released,concatenated,fused --execution eager \
     --dtype bfloat16,bfloat16-autocast
 step "memory" 10 "$python" -m benchmarks memory --rows "$out" --preset "$preset"
 [[ $dry ]] || step "profile" 25 "$python" -m benchmarks profile --batch $batch --out "$out/profile.jsonl"

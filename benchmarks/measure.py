@@ -160,9 +160,12 @@ def time_rounds(calls: Sequence[Callable], device: str, seconds: float) -> list[
     return times
 
 
+_SLOW = 100  # milliseconds
+
+
 def _rounds(taken: float, seconds: float) -> int:
     """taken: milliseconds of one."""
-    return max(5 if taken < 100 else 3, min(200, int(seconds * 1e3 / taken)))
+    return max(5 if taken < _SLOW else 3, min(200, int(seconds * 1e3 / taken)))
 
 
 def _milliseconds(call: Callable) -> float:
@@ -184,8 +187,11 @@ def _time_on_card(call: Callable, seconds: float) -> list[float]:
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
-    rounds(3)  # clocks rise under load
-    return rounds(_rounds(statistics.median(rounds(3)), seconds))
+    (taken,) = rounds(1)
+    if taken < _SLOW:
+        rounds(2)  # clocks rise under load
+        taken = statistics.median(rounds(3))
+    return rounds(_rounds(taken, seconds))
 
 
 def quantiles(times: Sequence[float]) -> tuple[float, float, float]:

@@ -257,7 +257,7 @@ def test_gpu_sh_on_a_card(fake_python, tmp_path):
     assert "-n 12 --dist worksteal -k not buil tests/test_kernel_adapter.py" in calls
     assert "benchmarks tune --stage 3 --seconds 0.02 --budget 28" in calls
     assert "benchmarks profile --batch 8" in calls
-    assert "--mode training --batch 1,2,4,8,16,32,64" in calls
+    assert "--mode training --batch 2,8,32 --path released,concatenated,fused --execution eager" in calls
     limits = [int(line.split()[-2]) for line in done.stdout.splitlines() if line.startswith("== ")]
     assert len(limits) == 13
     assert sum(limits[:-1]) <= 540, "the last has what the others left"

@@ -307,6 +307,10 @@ def test_refusals():
     assert (
         refusal("ave", "inference", "xformers", "float32", "cpu") == "xformers' attention takes CUDA tensors, got cpu"
     )
+    for path in ("concatenated", "optimized"):
+        assert "narrows the weights itself" in refusal("ave", "training", path, "bfloat16-autocast", "cuda")
+        assert refusal("ave", "training", path, "bfloat16", "cuda") is None
+    assert refusal("ave", "training", "released", "bfloat16-autocast", "cuda") is None
     for case in ("ave", "gather_latents"):
         assert refusal(case, "inference", "fused", "float32", "cpu") == "the kernels take CUDA tensors, got cpu"
 
