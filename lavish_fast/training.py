@@ -275,7 +275,8 @@ class _Run:
         what = f"{names}: expected finite probabilities" if names else "expected finite gradients"
         if self.config.on_nan == "stop":
             raise FloatingPointError(f"{what}, got NaN or infinity")
-        self.note([f"step {self.state.steps + 1}: {what}, got NaN or infinity"])
+        if self.steps.rank == 0:
+            self.note([f"step {self.state.steps + 1}: {what}, got NaN or infinity"])
 
     def average_buffers(self) -> None:
         """Makes BatchNorm's running statistics the mean over the ranks."""

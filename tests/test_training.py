@@ -415,6 +415,7 @@ def ddp_module_worker(folder):
             results["outcome"] = torch.stack(step.finish())
         else:
             parallel = torch.nn.parallel.DistributedDataParallel(fast)
+            assert len(parallel.modules_buffers) == sum("running" in n or "num_batches" in n for n in fast.state_dict())
             ave.loss(parallel(batch.audio, batch.video), batch.labels).backward()
         results[name] = gradients(model)
     torch.distributed.destroy_process_group()
@@ -597,9 +598,11 @@ def test_recorded_and_checkpointed_runs_are_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_steps_of_a_gpu_are_captured(tmp_path, monkeypatch, amp):
+@pytest.mark.parametrize(("amp", "compiled"), [("bf16", True), ("fp16", False)])
+def test_steps_of_a_gpu_are_captured(tmp_path, monkeypatch, amp, compiled):
     data, graphs = make_clips(5), []
+    if not compiled:
+        monkeypatch.setattr(runtime, "_compile", lambda parts: None)
     data[1]["video"] = torch.full_like(data[1]["video"], float("nan"))
     record = runtime._record
     monkeypatch.setattr(runtime, "_record", lambda *given: graphs.append(record(*given)) or graphs[-1])
