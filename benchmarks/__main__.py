@@ -153,6 +153,7 @@ def run(
 
 @app.command()
 def ladder(
+    mode: Annotated[str, typer.Option(help="inference or training.")] = "inference",
     preset: PresetName = None,
     device: Device = None,
     batch: Annotated[int, typer.Option(min=1, help="Clips at once.")] = 2,
@@ -160,21 +161,27 @@ def ladder(
         str, typer.Option(help="How the rungs above bfloat16 run: blocks (compiled) or eager.")
     ] = "blocks",
     seconds: Annotated[float, typer.Option(min=0, help="Of timing per rung.")] = 2.0,
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that one rung may take in all.")] = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds that one rung may take in all.")] = float("inf"),
+    budget: Annotated[float, typer.Option(min=0, help="Seconds that all of them may take.")] = float("inf"),
     out: Out = None,
 ) -> int:
-    """What each technique adds, a fresh process a rung: appends rows, draws ladder.svg and .png beside them."""
+    """What each technique adds, a fresh process a rung: appends rows, draws ladder.svg and .png beside them.
+
+    Those of training are called ladder-training.
+    """
     from benchmarks import ladder as module
 
+    mode = choose_one("mode", mode, module.RUNGS, mode)
     device = _device(device)
     preset = _preset(preset, device)
     execution = choose_one("execution", execution, ("blocks", "eager"), "blocks")
     _batches(str(batch), device)
-    out = out or results.folder(device) / "ladder.jsonl"
+    name = "ladder.jsonl" if mode == "inference" else f"ladder-{mode}.jsonl"
+    out = out or results.folder(device) / name
     console, rungs = _console(), []
     with console.status("") as status:
-        climb = module.climb(device, preset, batch, execution, seconds, timeout)
-        for rung in module.RUNGS:
+        climb = module.climb(device, mode, preset, batch, execution, seconds, timeout=timeout, budget=budget)
+        for rung in module.RUNGS[mode]:
             status.update(rung.label)
             row = next(climb)
             results.append(out, [{**row, "rung": rung.label}])
@@ -233,9 +240,16 @@ def tune(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     batch: Annotated[int, typer.Option(min=1, help="Clips at once.")] = 8,
     seconds: Annotated[float, typer.Option(min=0, help="Of timing per candidate.")] = 0.05,
+    stage: Annotated[int | None, typer.Option(min=1, help="One stage of the backbone, by default all.")] = None,
+    builders: Annotated[int | None, typer.Option(min=0, help="Processes that build candidates; one a core.")] = None,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds after which no candidate begins.")] = float("inf"),
     device: Device = None,
 ) -> int:
     """Finds launch constants for the card at hand and prints rows to paste into kernels/_tuning.py."""
+    from concurrent.futures import ProcessPoolExecutor
+    from contextlib import nullcontext
+    from multiprocessing import get_context
+
     import torch
 
     from benchmarks import tune as module
@@ -244,17 +258,28 @@ def tune(
     if device != "cuda":
         raise typer.BadParameter("device: expected cuda, whose kernels are tuned, got cpu")
     dtype = choose_one("dtype", dtype, ("bfloat16", "float16", "float32"), "bfloat16")
-    console, failed = _console(), False
-    with console.status("") as status:
-        for name in choose("op", op, module.OPS, module.OPS):
-            status.update(name)
-            for tuned in module.tune(name, _preset(preset, device), getattr(torch, dtype), batch, device, seconds):
-                console.print(tuned.row(), soft_wrap=True)
-                if tuned.failed:
-                    reasons = ", ".join(f"{count} {why}" for why, count in tuned.failed.items())
-                    console.print(f"    # {tuned.tried} tried, of which failed: {reasons}", soft_wrap=True)
-                failed |= "wrong" in tuned.failed
-    return 1 if failed else 0
+    preset, until = _preset(preset, device), time.monotonic() + budget
+    targets = [
+        module.Target(name, preset, at, getattr(torch, dtype), batch, device)
+        for name in choose("op", op, module.OPS, module.OPS)
+        for at in module.stages(name, preset)
+        if stage in (None, at)
+    ]
+    if not targets:
+        raise typer.BadParameter(f"stage: expected one of the backbone's, got {stage}")
+    builders = results.cores() if builders is None else builders
+    # A process that has begun with CUDA cannot be forked.
+    processes = ProcessPoolExecutor(builders, get_context("spawn")) if builders else nullcontext()
+    console, wrong = _console(), False
+    with console.status("") as status, processes as pool:
+        for target in targets:
+            status.update(f"{target.op} stage {target.stage}")
+            tuned = module.tune(target, seconds, builders=pool, until=until)
+            console.print(tuned.row(), soft_wrap=True)
+            left = [f"{count} {why}" for why, count in tuned.dropped.items()]
+            console.print(f"    # stage {target.stage}: {', '.join([f'{tuned.tried} tried', *left])}", soft_wrap=True)
+            wrong |= "wrong" in tuned.dropped
+    return 1 if wrong else 0
 
 
 @app.command()
@@ -336,15 +361,48 @@ def tables(
     from benchmarks import tables as module
     from benchmarks.cases import PRESETS
 
-    folder = rows or results.folder("cuda" if results.has_card() else "cpu")
-    found = module.load(folder)
-    measured = Counter(row["preset"] for row in found if row["status"] == "ok")
-    preset = choose_one("preset", preset, PRESETS, max(PRESETS, key=measured.__getitem__))
+    folder, found, preset = _rows(rows, preset, PRESETS)
     console = _console()
     for table in module.report(found, preset):
         console.print(table)
         console.print()
     console.print(f"in {', '.join(map(str, module.write(folder, preset, out or folder)))}", soft_wrap=True)
+
+
+def _rows(rows: Path | None, preset: str | None, presets: Iterable[str]) -> tuple[Path, list[dict[str, Any]], str]:
+    """A folder of rows, by default this device's, its rows, and the preset, by default the one with more of them."""
+    from benchmarks.tables import load
+
+    folder = rows or results.folder("cuda" if results.has_card() else "cpu")
+    found = load(folder)
+    measured = Counter(row["preset"] for row in found if row["status"] == "ok")
+    return folder, found, choose_one("preset", preset, presets, max(presets, key=measured.__getitem__))
+
+
+@app.command()
+def memory(
+    mode: Annotated[str, typer.Option(help="inference or training.")] = "training",
+    rows: Annotated[Path | None, typer.Option(help="Folder of rows; by default this device's.")] = None,
+    preset: Annotated[str | None, typer.Option(help="small or paper; by default the one with more rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the picture; by default that of the rows.")] = None,
+) -> None:
+    """Peak memory of the AVE network against the batch, and MiB a clip: a table, memory-training.svg and .png.
+
+    From rows of `run --case ave --mode training --batch 1,2,4,8,16,32,64`.
+    """
+    from benchmarks import memory as module
+    from benchmarks.cases import MODES, PRESETS
+
+    mode = choose_one("mode", mode, MODES, mode)
+    folder, found, preset = _rows(rows, preset, PRESETS)
+    curves, console = module.curves(found, preset, mode), _console()
+    if not curves:
+        console.print(f"{folder}: no {mode} of case ave was measured at the {preset} preset", soft_wrap=True)
+        return
+    console.print(module.table(curves))
+    title = f"AVE {mode}: memory against the batch, {preset} preset, {found[0]['device']}"
+    pictures = module.draw(curves, title, (out or folder) / f"memory-{mode}")
+    console.print(f"in {', '.join(map(str, pictures))}", soft_wrap=True)
 
 
 @app.command()

@@ -29,6 +29,7 @@ from benchmarks.measure import PRECISIONS, Unavailable
 from lavish_fast import Model, attention, backbones, ops, reference
 from lavish_fast.adapter import LavishAdapter
 from lavish_fast.backbones.swin_v2 import CONSTANTS, WindowAttention
+from lavish_fast.concatenated import Concatenated, arithmetic
 from lavish_fast.config import VIT_SPECTROGRAM, AdapterConfig, Config, SpectrogramConfig, SwinV2Config, ViTConfig
 from lavish_fast.tasks import ave
 
@@ -103,19 +104,21 @@ def _draw(*shape: int, seed: int = 0) -> Tensor:
 class Rearranged:
     """A path that narrows the weights itself, after it has folded constants into them; and its form for training."""
 
-    make: Callable[[Model, torch.dtype], Callable]
-    train: Callable[[Model, torch.dtype], nn.Module] | None = None
+    make: Callable[[nn.Module, torch.dtype], Callable]
+    train: Callable[[nn.Module, torch.dtype], nn.Module] | None = None
 
 
 class Trained(nn.Module):
-    """A model, and what `optimize` makes of it for training: the names of the one, the calls of the other."""
+    """A model, and a form of it that trains its parameters: the names of the one, the calls of the other."""
 
-    def __init__(self, model: Model, dtype: torch.dtype) -> None:
-        from lavish_fast.runtime import optimize
-
+    def __init__(self, model: Model, fast: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.__dict__["fast"] = optimize(model, training=True, dtype=dtype)  # its parameters are the model's
+        self.__dict__["fast"] = fast.train()
+
+    @property
+    def blocks(self) -> nn.ModuleList | None:
+        return getattr(self.fast, "blocks", None)
 
     def forward(self, audio: Tensor, video: Tensor) -> Tensor:
         return self.fast(audio, video)
@@ -127,10 +130,11 @@ class Problem:
 
     truth: a module in float32 that computes it, or a function. inputs: float64, on the CPU. batched: which of them
     hold clips along their first axis. wide: the places of those that stay float32 beside narrower ones. paths: from
-    the truth to what computes it otherwise. loss: of outputs and labels, where there is a training step; trains: the
-    paths that have one, None for all. rows: outputs as a tensor with a row per clip or image, in which errors show.
-    work: the least work of `batch` clips (batch, itemsize, training), None to count the truth's matrix products.
-    parameter_name: the truth's name of a path's parameter.
+    the truth to what computes it otherwise. loss: of outputs and labels, where there is a training step; without it a
+    backward begins with a gradient of the outputs that is drawn. differentiated: the places of inputs whose gradients
+    training wants. trains: the paths that have a backward, None for all. rows: outputs as a tensor with a row per clip
+    or image, in which errors show. work: the least work of `batch` clips (batch, itemsize, training), None to count the
+    truth's matrix products. parameter_name: the truth's name of a path's parameter.
     """
 
     truth: Callable
@@ -141,6 +145,7 @@ class Problem:
     labels: Tensor | None = None
     batched: tuple[bool, ...] | None = None
     wide: tuple[int, ...] = ()
+    differentiated: tuple[int, ...] = ()
     rows: Callable[[Any], Tensor] = lambda out: out
     trains: tuple[str, ...] | None = None
     parameter_name: Callable[[str, str], str] = lambda path, name: name
@@ -158,20 +163,41 @@ class Problem:
             built = built.to(device, dtype).train(training)
         return built
 
-    def batch(self, repeats: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    def batch(self, repeats: int, dtype: torch.dtype, device: str, *, training: bool = False) -> tuple[Tensor, ...]:
         """The inputs, their clips repeated."""
         wide = torch.promote_types(dtype, torch.float32)
         inputs = [x.to(device, wide if i in self.wide else dtype) for i, x in enumerate(self.inputs)]
         return tuple(
-            x.repeat(repeats, *(1,) * (x.ndim - 1)) if batched else x for x, batched in zip(inputs, self.batched)
+            (x.repeat(repeats, *(1,) * (x.ndim - 1)) if batched else x)
+            .detach()
+            .requires_grad_(training and i in self.differentiated)
+            for i, (x, batched) in enumerate(zip(inputs, self.batched))
         )
 
-    def gradients(self, path: str, module: nn.Module) -> dict[str, Tensor]:
-        """The gradients that a backward left, flat, by the truth's names."""
+    def upstream(self, outputs: Tensor, repeats: int) -> Tensor:
+        """A gradient of the outputs for a backward to begin with: normal numbers, repeated as the clips are."""
+        leaf = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            rows = self.rows(leaf)
+            drawn = _draw(len(rows) // repeats, *rows.shape[1:], seed=9).to(rows)
+            (gradient,) = torch.autograd.grad(rows, leaf, drawn.repeat(repeats, *(1,) * (rows.ndim - 1)))
+        return gradient.contiguous()
+
+    def gradients(self, path: str, module: Callable, inputs: Sequence[Tensor], repeats: int) -> dict[str | int, Tensor]:
+        """The gradients that a backward left: of parameters by the truth's names, of inputs by their places.
+
+        Without a loss, which is a mean, those of what all clips share are sums over them: here of one repeat.
+        """
+        found: dict[str | int, Tensor] = {i: inputs[i] for i in self.differentiated}
+        if isinstance(module, nn.Module):
+            found |= {self.parameter_name(path, name): p for name, p in module.named_parameters()}
+        summed = [
+            name for name in found if self.loss is None and not (name in self.differentiated and self.batched[name])
+        ]
         return {
-            self.parameter_name(path, name): p.grad.detach().double().flatten()
-            for name, p in module.named_parameters()
-            if p.grad is not None
+            name: t.grad.detach().double() / (repeats if name in summed else 1)
+            for name, t in found.items()
+            if t.grad is not None
         }
 
 
@@ -245,6 +271,10 @@ def _released(form: str) -> Callable[[Model], nn.Module]:
     return build
 
 
+_NARROWS = ("concatenated", "folded", "xformers", "fused", "optimized")
+_TRAINS = ("reference", "released", "released-bmm", "concatenated", "fused", "optimized")
+
+
 def _ave(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
     from lavish_fast.inference import Inference
     from lavish_fast.runtime import optimize
@@ -252,17 +282,26 @@ def _ave(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
     def inference(**options: Any) -> Rearranged:
         return Rearranged(lambda model, dtype: Inference(model, dtype=dtype, **options))
 
+    def both(path: str) -> Rearranged:
+        return Rearranged(
+            inference(fold=False, path=path).make,
+            lambda model, dtype: Trained(model, Concatenated(model, dtype=dtype, path=path)),
+        )
+
     paths = {
         "model": lambda model: model.set_path("auto"),
         "released": _released("conv"),
         "released-bmm": _released("bmm"),
-        "concatenated": inference(fold=False, path="reference"),
+        "concatenated": both("reference"),
         "folded": inference(path="reference"),
         "xformers": inference(path="reference", attention="xformers"),
-        "fused": inference(fold=False, path="fused"),
-        "optimized": Rearranged(lambda model, dtype: optimize(model, dtype=dtype), Trained),
+        "fused": both("fused"),
+        "optimized": Rearranged(
+            lambda model, dtype: optimize(model, dtype=dtype),
+            lambda model, dtype: Trained(model, optimize(model, training=True, dtype=dtype)),
+        ),
     }
-    return _lavish(preset.swin, clips, paths, ("reference", "released", "released-bmm", "optimized"))
+    return _lavish(preset.swin, clips, paths, _TRAINS)
 
 
 def _latents(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
@@ -420,6 +459,7 @@ def _gather_latents(preset: Preset, setting: dict[str, Any], clips: int) -> Prob
         (_draw(setting["latents"], width, seed=1).abs(), _draw(n, tokens, width, seed=2)),
         {"reference": lambda truth: truth, "fused": lambda truth: partial(ops.gather_latents, path="fused")},
         batched=(False, True),
+        differentiated=(0, 1),
         work=lambda batch, itemsize, training: [
             roofline.gather_latents(batch * n // clips, tokens, width, setting["latents"], itemsize, training)
         ],
@@ -427,13 +467,17 @@ def _gather_latents(preset: Preset, setting: dict[str, Any], clips: int) -> Prob
 
 
 class Step(nn.Module):
-    """Both streams' residual step, X + LN(B) + LAV(X, Y), each with the same adapter."""
+    """Both streams' residual step, X + LN(B) + LAV(X, Y), each with the same adapter; the norm is frozen."""
 
     def __init__(self, adapter: nn.Module, norm: nn.LayerNorm, path: str = "reference") -> None:
         super().__init__()
-        self.adapter, self.norm, self.path = adapter, norm, path
+        self.adapter, self.norm, self.path = adapter, norm.requires_grad_(False), path
 
     def forward(self, x: Tensor, other: Tensor, branch: Tensor) -> Tensor:
+        with arithmetic(self.adapter, x):
+            return self._streams(x, other, branch).to(x.dtype)
+
+    def _streams(self, x: Tensor, other: Tensor, branch: Tensor) -> Tensor:
         xs, branches = (x, other), (branch, branch)
         if isinstance(self.adapter, LavishAdapter):
             out = ops.adapter(xs, branches, (self.adapter,) * 2, self.norm, nn.Identity(), path=self.path)
@@ -448,7 +492,17 @@ def _adapter(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
     config = AdapterConfig(**{name: setting[name] for name in ("latents", "reduction", "groups")})
     torch.manual_seed(0)
 
-    def released(form: str) -> Callable[[Step], Step]:
+    def by(build: Callable[[Step], Step]) -> Rearranged:
+        def train(truth: Step, dtype: torch.dtype) -> Step:
+            """Streams of `dtype` through trained parameters that stay wide, as a training step has them."""
+            step, device = build(truth), truth.norm.weight.device
+            step.norm.to(device, dtype)
+            step.adapter.to(device, torch.promote_types(dtype, torch.float32))
+            return step.train()
+
+        return Rearranged(lambda truth, dtype: build(truth).to(truth.norm.weight.device, dtype).eval(), train)
+
+    def released(form: str) -> Rearranged:
         def build(truth: Step) -> Step:
             from benchmarks.baselines.released import ReleasedAdapter
 
@@ -459,25 +513,28 @@ def _adapter(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
             adapter.load_state_dict(tensors)
             return Step(adapter, truth.norm)
 
-        return build
+        return by(build)
 
-    def work(batch: int, itemsize: int, training: bool) -> list[roofline.Op]:
-        images = 2 * batch * n // clips
-        op = roofline.adapter(images, tokens, tokens, width, config, itemsize, training)
-        return [replace(op, bytes=op.bytes + images * tokens * width * itemsize)]  # the branch
+    def name(path: str, name: str) -> str:
+        return name.removesuffix(".weight") if name in ("adapter.down.weight", "adapter.up.weight") else name
 
     return Problem(
         randomise(Step(LavishAdapter(width, config), nn.LayerNorm(width))),
         tuple(_draw(n, tokens, width, seed=seed) for seed in (1, 2, 3)),
         {
-            "reference": lambda truth: truth,
+            "reference": by(lambda truth: truth),
             "released": released("conv"),
             "released-bmm": released("bmm"),
-            "fused": lambda truth: Step(truth.adapter, truth.norm, "fused"),
+            "fused": by(lambda truth: Step(truth.adapter, truth.norm, "fused")),
         },
+        differentiated=(0, 1, 2),
         # The streams one after the other, with all of a batch's clips in each.
         rows=lambda out: out.unflatten(0, (2, -1)).transpose(0, 1).flatten(1),
-        work=work,
+        # A stream is the other's other, and read once for both; the branch, as large, takes its place.
+        work=lambda batch, itemsize, training: [
+            roofline.adapter(2 * batch * n // clips, tokens, tokens, width, config, itemsize, training)
+        ],
+        parameter_name=name,
     )
 
 
@@ -521,6 +578,7 @@ def _window_attention(preset: Preset, setting: dict[str, Any], clips: int) -> Pr
             **{name: lambda truth, p=name: by(p) for name in ("sdpa", "xformers", "fused")},
         },
         batched=(True, *(False for _ in constants)),
+        differentiated=(0,),
         wide=tuple(range(1, len(constants) + 1)),
         work=lambda batch, itemsize, training: [
             roofline.window_attention(
@@ -549,7 +607,7 @@ class TimmOrder(nn.Module):
         self.heads, self.window, self.size, self.shift = frozen.heads, frozen.window, frozen.size, frozen.shift
         timm = Timm(frozen.proj.in_features, (frozen.window, frozen.window), frozen.heads)
         timm.cpb_mlp.load_state_dict(frozen.cpb_mlp.state_dict())
-        self.cpb_mlp = timm.cpb_mlp
+        self.cpb_mlp = timm.cpb_mlp.requires_grad_(False)
         self.register_buffer("coordinates", timm.relative_coords_table)
         self.register_buffer("index", timm.relative_position_index.flatten())
 
@@ -639,11 +697,14 @@ CASES = {
         _backbone,
         paths=("reference", "timm"),
     ),
-    "gather_latents": Case("latents gather from a stream", _latent_settings, _gather_latents, batches=_most, paths=_OP),
+    "gather_latents": Case(
+        "latents gather from a stream", _latent_settings, _gather_latents, MODES, batches=_most, paths=_OP
+    ),
     "adapter": Case(
         "both streams' residual step with their adapters",
         _adapter_settings,
         _adapter,
+        MODES,
         batches=_most,
         paths=("reference", "released", "released-bmm", "fused"),
     ),
@@ -651,6 +712,7 @@ CASES = {
         "Swin-V2's attention between its two products",
         _stage_settings,
         _window_attention,
+        MODES,
         batches=_most,
         paths=("reference", "timm-order", *_SDPA, "sdpa", "xformers", "fused"),
     ),
@@ -670,6 +732,8 @@ def refusal(case: str, mode: str, path: str, precision: str, device: str) -> str
         return "xformers is missing: pip install 'xformers==0.0.35'"
     if path == "fused" and device != "cuda":
         return f"the kernels take CUDA tensors, got {device}"
+    if case == "ave" and PRECISIONS[precision].autocast and path in _NARROWS:
+        return "it narrows the weights itself, and has autocast around the trained ones"
     if path == "fused":
         x = torch.empty(0, device=device, dtype=PRECISIONS[precision].weights)
         return "; ".join(_checks.reasons(x, same_dtype=(x,))) or None

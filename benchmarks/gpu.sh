@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything that a machine with a CUDA card has to tell, in one command and at most nine minutes: parity on the card,
-# the kernels, inference, the ladder, training, the limits, the peers. What does not fit is listed as skipped; results
-# are written as they come, so that a cut loses nothing.
+# the kernels, inference, the ladders, training, memory, the limits, the peers. What does not fit is listed as skipped;
+# results are written as they come, so that a cut loses nothing.
 #
 #   benchmarks/gpu.sh [--out FOLDER] [--budget SECONDS] [--dry]
 #
-# --dry runs the same on a CPU at tiny sizes. PYTHON names the interpreter (default python3); no network is needed.
+# More than the 540 s of --budget gives every step as much more. --dry runs the same on a CPU at tiny sizes. PYTHON names the interpreter (default python3); no network is needed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out="" budget=540 dry=""
@@ -18,7 +18,7 @@ while (($#)); do
     esac
 done
 
-missing=""
+missing="" parallel=""
 lacks() { # MODULE WHAT: says what goes without it
     "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is not None)" && {
         echo "missing: $1 ($2)"
@@ -34,6 +34,7 @@ lacks xformers "no xformers attention"
 lacks torchvision "no XDC, AVTS and GDT"
 lacks pynvml "no clocks, power and driver in the rows"
 lacks pytest "no parity tests on the card"
+lacks xdist "the tests run one after another" || parallel="-n 12 --dist worksteal"
 lacks av "no tests of video files"
 lacks matplotlib "no picture of the ladder"
 "$python" -c "import lavish_fast.kernels" 2>/dev/null ||
@@ -48,7 +49,7 @@ else
         exit 2
     }
 fi
-device=${common#--device } device=${device%% *}
+device=${common#--device } device=${device%% *} preset=${common##* }
 out=${out:-$("$python" -c "from benchmarks import results; print(results.folder('$device'))")}
 mkdir -p "$out"
 steps=$out/steps.txt
@@ -63,6 +64,7 @@ step() { # NAME LIMIT COMMAND...: within its limit and what is left of the budge
         say "skipped   $name: $left s are left"
         return
     fi
+    ((budget > 540)) && ((limit = limit * budget / 540))
     ((limit = limit < left ? limit : left))
     echo "== $name, at most $limit s"
     # A step stops by itself before it is stopped.
@@ -83,21 +85,31 @@ run() { # NAME LIMIT ARGUMENTS...: the step's budget reaches the runner through 
 
 if [[ " $missing " != *" pytest "* ]]; then
     # On a card the kernels' tests run on it, in every type; elsewhere in the interpreter, which the dry run leaves out.
-    [[ $dry ]] || step "the kernels' tests" 100 "$python" -m pytest -p no:cacheprovider -k "not buil" \
+    [[ $dry ]] || step "the kernels' tests" 85 "$python" -m pytest -p no:cacheprovider $parallel -k "not buil" \
         tests/test_kernel_*.py
-    step "parity tests on the card" 60 "$python" -m pytest -m gpu -p no:cacheprovider \
+    step "parity tests on the card" 45 "$python" -m pytest -m gpu -p no:cacheprovider \
         --continue-on-collection-errors --deselect tests/test_kernel tests
 fi
 for dtype in bfloat16 float32; do
-    step "roofline, $dtype" 20 "$python" -m benchmarks roofline --measure --device "$device" --dtype $dtype \
+    step "roofline, $dtype" 12 "$python" -m benchmarks roofline --measure --device "$device" --dtype $dtype \
         --out "$out/limits.jsonl"
 done
-run "kernels" 70 --case gather_latents,adapter,window_attention --batch "${batches##*,}"
-[[ $dry ]] || step "tuning" 60 bash -c 'set -o pipefail; "$@" | tee "$0"' "$out/tuned.txt" "$python" -m benchmarks tune --seconds 0.02
-run "inference" 100 --case ave,backbone --mode inference --batch "$batches"
-step "ladder" 150 "$python" -m benchmarks ladder $common --batch $batch --execution $execution --seconds "$seconds" \
-    --timeout 50 --out "$out/ladder.jsonl"
-run "training" 70 --case ave --mode training --batch "$batches"
+run "kernels" 50 --case gather_latents,adapter,window_attention --batch "${batches##*,}" --execution eager --dtype bfloat16
+# Stage 3 has most of the blocks.
+[[ $dry ]] || step "tuning" 40 bash -c 'set -o pipefail; "$@" --budget "$BUDGET" | tee "$0"' "$out/tuned.txt" \
+    "$python" -m benchmarks tune --stage 3 --seconds 0.02
+run "inference" 50 --case ave,backbone --mode inference --batch "$batches"
+for mode in inference training; do
+    name=ladder
+    [[ $mode == training ]] && name=ladder-training
+    step "$name" 75 bash -c '"$@" --budget "$BUDGET"' - "$python" -m benchmarks ladder $common --mode $mode --batch $batch \
+        --execution $execution --seconds "$seconds" --timeout 50 --out "$out/$name.jsonl"
+done
+run "training" 60 --case ave --mode training --batch "$batches" --path released,concatenated,fused --execution eager \
+    --dtype bfloat16,bfloat16-autocast
+step "memory" 10 "$python" -m benchmarks memory --rows "$out" --preset "$preset"
+[[ $dry ]] || step "profile" 25 "$python" -m benchmarks profile --batch $batch --out "$out/profile.jsonl"
+# In what the others left.
 run "peers" 60 --case cmbs,mbt,ave-vit,xdc,avts,gdt --batch "${batches%%,*}"
 
 echo

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,41 +28,70 @@ class Rung:
     execution: str | None = None
 
 
-RUNGS = (
-    Rung("released order, float32", "released", "float32", "eager"),
-    Rung("+ bfloat16", "released", execution="eager"),
-    Rung("+ torch.compile", "released-bmm"),
-    Rung("+ streams in one batch", "concatenated"),
-    Rung("+ constants folded", "folded"),
-    Rung("+ xformers attention", "xformers"),
-    Rung("+ fused kernels", "fused"),
-    Rung("+ CUDA graph", "fused", execution="blocks+graph"),
-    Rung("lavish_fast.optimize", "optimized", execution="own"),
-)
+RUNGS = {
+    "inference": (
+        Rung("released order, float32", "released", "float32", "eager"),
+        Rung("+ bfloat16", "released", execution="eager"),
+        Rung("+ torch.compile", "released-bmm"),
+        Rung("+ streams in one batch", "concatenated"),
+        Rung("+ constants folded", "folded"),
+        Rung("+ xformers attention", "xformers"),
+        Rung("+ fused kernels", "fused"),
+        Rung("+ CUDA graph", "fused", execution="blocks+graph"),
+        Rung("lavish_fast.optimize", "optimized", execution="own"),
+    ),
+    # From the streams in one batch on, frozen weights and streams are bfloat16, and trained weights float32.
+    "training": (
+        Rung("released order, float32", "released", "float32", "eager"),
+        Rung("+ bfloat16 autocast", "released", "bfloat16-autocast", "eager"),
+        Rung("+ torch.compile", "released-bmm", "bfloat16-autocast"),
+        Rung("+ streams in one batch", "concatenated"),
+        Rung("+ fused kernels", "fused"),
+        Rung("+ CUDA graphs: optimize", "optimized", execution="own"),
+        Rung("+ whole step captured", "optimized", execution="step"),
+    ),
+}
 
 
 def climb(
-    device: str, preset: str, batch: int, execution: str, seconds: float, timeout: float | None
+    device: str,
+    mode: str,
+    preset: str,
+    batch: int,
+    execution: str,
+    seconds: float,
+    *,
+    timeout: float = math.inf,
+    budget: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """The row of each of RUNGS in turn, also of one whose process dies or takes longer than `timeout` seconds."""
-    for rung in RUNGS:
+    """The row of each of a mode's RUNGS, also of one whose process dies or takes longer than `timeout` seconds.
+
+    budget: seconds that all of them may take.
+    """
+    until = time.monotonic() + budget
+    for rung in RUNGS[mode]:
         how = rung.execution or execution
         if execution == "eager":
             how = how.removeprefix("blocks+")
-        key = {"case": "ave", "mode": "inference", "preset": preset, "batch": batch, "setting": {}}
+        key = {"case": "ave", "mode": mode, "preset": preset, "batch": batch, "setting": {}}
         key |= {"path": rung.path, "execution": how, "dtype": rung.dtype}
-        if execution == "eager" and (how == "own" or rung.path == "released-bmm"):
+        if execution == "eager" and (rung.path == "optimized" or rung.path == "released-bmm"):
             yield _row(device, key, "skipped", "asked for eager")
+            continue
+        given = min(timeout, until - time.monotonic())
+        if given <= 0:
+            yield _row(device, key, "skipped", "the time budget was spent")
             continue
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "rung.jsonl"
-            command = [sys.executable, "-m", "benchmarks", "run", "--case", "ave", "--mode", "inference"]
+            command = [sys.executable, "-m", "benchmarks", "run", "--case", "ave", "--mode", mode]
             command += ["--device", device, "--preset", preset, "--batch", str(batch), "--path", rung.path]
             command += ["--execution", how, "--dtype", rung.dtype, "--seconds", str(seconds), "--out", str(out)]
+            wait = given if given < math.inf else None
             try:
-                done = subprocess.run(command, cwd=results.ROOT.parents[1], capture_output=True, timeout=timeout)
+                done = subprocess.run(command, cwd=results.ROOT.parents[1], capture_output=True, timeout=wait)
             except subprocess.TimeoutExpired:
-                yield _row(device, key, "skipped", f"it took longer than {timeout:.0f} s")
+                yield _row(device, key, "skipped", f"it took longer than {given:.0f} s")
                 continue
             if out.is_file() and (rows := results.read(out)):
                 yield rows[-1] | key  # a truth that failed has no path
@@ -109,7 +140,7 @@ def figure(rungs: Sequence[tuple[Rung, dict[str, Any]]]) -> Figure:
     axes.tick_params(colors=muted, labelsize=8)
     axes.set_xlabel("clips per second: the median, and as a line the 20-80 % range", color=muted, fontsize=8)
     row = rungs[0][1]
-    title = f"AVE inference, {row['preset']} preset, batch {row['batch']}, {row['device']}"
+    title = f"AVE {row['mode']}, {row['preset']} preset, batch {row['batch']}, {row['device']}"
     chart.text(0.012, 1 - 0.18 / height, title, ha="left", va="top", color=ink, fontsize=11, weight="bold")
     return chart
 

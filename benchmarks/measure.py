@@ -64,7 +64,8 @@ EXECUTIONS = {
     "blocks": "torch.compile of each block by itself",
     "graph": "eager, captured as one CUDA graph (inference)",
     "blocks+graph": "each block compiled, the whole captured as one CUDA graph (inference)",
-    "own": "as lavish_fast.optimize compiles and captures it (inference)",
+    "own": "as lavish_fast.optimize compiles and captures it",
+    "step": "the same, in whole steps of lavish_fast.TrainingStep (training)",
 }
 
 
@@ -95,7 +96,9 @@ def precision(name: str, device: str) -> Iterator[None]:
 
 def execute(function: Callable, execution: str, inputs: Sequence[Tensor], *, training: bool) -> Callable:
     """`function` as it is to be run. Raises: Unavailable where that cannot be had."""
-    if execution in ("eager", "own"):
+    if execution == "step" and not training:
+        raise Unavailable("for training alone")
+    if execution in ("eager", "own", "step"):
         return function
     if execution in ("graph", "blocks+graph", "reduce-overhead") and not inputs[0].is_cuda:
         raise Unavailable("CUDA graphs take a CUDA device")
@@ -157,9 +160,12 @@ def time_rounds(calls: Sequence[Callable], device: str, seconds: float) -> list[
     return times
 
 
+_SLOW = 100  # milliseconds
+
+
 def _rounds(taken: float, seconds: float) -> int:
     """taken: milliseconds of one."""
-    return max(5 if taken < 100 else 3, min(200, int(seconds * 1e3 / taken)))
+    return max(5 if taken < _SLOW else 3, min(200, int(seconds * 1e3 / taken)))
 
 
 def _milliseconds(call: Callable) -> float:
@@ -181,8 +187,11 @@ def _time_on_card(call: Callable, seconds: float) -> list[float]:
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
-    rounds(3)  # clocks rise under load
-    return rounds(_rounds(statistics.median(rounds(3)), seconds))
+    (taken,) = rounds(1)
+    if taken < _SLOW:
+        rounds(2)  # clocks rise under load
+        taken = statistics.median(rounds(3))
+    return rounds(_rounds(taken, seconds))
 
 
 def quantiles(times: Sequence[float]) -> tuple[float, float, float]:

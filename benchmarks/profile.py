@@ -47,10 +47,19 @@ def total(ran: Iterable[tuple[str, float]], repeats: int) -> list[Kernel]:
 
 
 def short(name: str) -> str:
-    """A kernel's name without its return type and its arguments, in 60 characters at most."""
-    name = re.sub(r"^void ", "", name)
-    name = re.sub(r"<.*|\(.*", "", name) if not name.startswith("(") else name
+    """A kernel's name in 60 characters at most, without namespaces of torch, return type, template and arguments.
+
+    A template that runs whatever it is given (elementwise_kernel, reduce_kernel ...) keeps the name of that.
+    """
+    name = re.sub(r"^void |\(anonymous namespace\)::|\bat::|\bnative::|\bc10::", "", name)
+    name, rest = re.match(r"([^<(]*)(.*)", name, re.DOTALL).groups()
+    if given := _GIVEN.findall(rest):
+        name = f"{name}<{given[-1]}>"  # the innermost: BinaryFunctor<..., MulFunctor<float>>
+    name = name.strip()
     return name if len(name) <= 60 else name[:57] + "..."
+
+
+_GIVEN = re.compile(r"\b(?!gpu_kernel)\w*(?:[Ff]unctor|Ops|KernelImpl|_kernel_cuda|_kernel_impl|cutlass_)\w*")
 
 
 def table(kernels: Iterable[Kernel], title: str, most: int = 40) -> Table:

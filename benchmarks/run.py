@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from lavish_fast import ops
 # Our own: at most twice the reference's error in the same precision. The others are held to the caps alone.
 STRICT = ("model", "concatenated", "folded", "fused", "optimized")
 _ROUNDS_KEPT = 100
+_RATE = 1e-6
+_UNTIL_CAPTURED = 4  # steps of TrainingStep, three of which are no graph
 _ALL = dict.fromkeys(("path", "execution", "dtype"), "all")
 
 
@@ -99,7 +102,8 @@ def _usual(device: str, group: dict[str, Any], path: str) -> Iterator[tuple[str,
     network = case not in ops.OPS
     precisions = ["float32"] if case == "latents" and device == "cpu" else ["float32", "bfloat16"]
     if path == "optimized":
-        yield from (("own", name) for name in ("float32", "bfloat16"))
+        executions = ("own", "step") if training else ("own",)
+        yield from ((execution, name) for name in ("float32", "bfloat16") for execution in executions)
         return
     if case == "ave" and path in ("reference", "released", "released-bmm"):
         precisions.append("bfloat16-autocast")
@@ -115,29 +119,79 @@ def _usual(device: str, group: dict[str, Any], path: str) -> Iterator[tuple[str,
 
 
 class Truth:
-    """A problem's outputs, or loss and gradients, in float64, and the matrix products that they take."""
+    """A problem's outputs, in training with gradients, in float64, and the matrix products that they take."""
 
     def __init__(self, problem: Problem, path: str, device: str, training: bool) -> None:
         self.problem, self.training = problem, training
         function = problem.build(path, torch.float64, device, training=training)
-        inputs = problem.batch(1, torch.float64, device)
+        inputs = problem.batch(1, torch.float64, device, training=training)
         # Attention as plain products, which can be counted.
         with MatrixWork() as self.work, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(training):
-            outputs = function(*inputs)
-            if training:
-                problem.loss(outputs, problem.labels.to(device)).backward()
+            outputs = (step(problem, function, function, inputs, 1) if training else function)(*inputs)
         self.outputs = problem.rows(outputs).detach()
-        self.gradients = problem.gradients(path, function) if training else {}
+        self.gradients = problem.gradients(path, function, inputs, 1) if training else {}
 
-    def errors(self, path: str, function: Callable, outputs: Any, repeats: int) -> list[float]:
-        """The error of outputs, and in training that of the gradients as one vector."""
+    def errors(
+        self, path: str, function: Callable, outputs: Any, repeats: int, inputs: Sequence[Tensor] = ()
+    ) -> list[float]:
+        """The error of outputs; in training also of each input's gradient, and of all parameters' as one vector."""
         errors = [relative_error(self.problem.rows(outputs), _repeat(self.outputs, repeats))]
-        if self.training:
-            got = self.problem.gradients(path, function)
-            same = got.keys() == self.gradients.keys()
-            vectors = (torch.cat([g[name] for name in self.gradients]) for g in (got, self.gradients) if same)
-            errors.append(relative_error(*vectors) if same else float("inf"))
+        if not self.training:
+            return errors
+        expected, got = self.gradients, self.problem.gradients(path, function, inputs, repeats)
+        if got.keys() != expected.keys():
+            return [*errors, float("inf")]
+        for i in self.problem.differentiated:
+            errors.append(relative_error(got[i], _repeat(expected[i], repeats if self.problem.batched[i] else 1)))
+        if names := [name for name in expected if isinstance(name, str)]:
+            errors.append(relative_error(*(torch.cat([g[name].flatten() for name in names]) for g in (got, expected))))
         return errors
+
+
+def budgets(precision: measure.Precision, control: Sequence[float] | None, *, training: bool) -> Iterator[float]:
+    """The errors that outputs, and in training one gradient after the other, may have.
+
+    control: those of the reference in this precision, for paths that are held to twice as much.
+    """
+    output = min(100 * precision.cap, precision.gradient_cap) if training else precision.cap
+    caps = itertools.chain([output], itertools.repeat(precision.gradient_cap))
+    if control is None:
+        return caps
+    return (min(cap, 2 * error + 4 * precision.eps) for cap, error in zip(caps, control))
+
+
+def step(
+    problem: Problem, module: Callable, function: Callable, inputs: Sequence[Tensor], repeats: int
+) -> Callable[..., Any]:
+    """Forward and backward, called with the inputs, which leaves the gradients in them and in the parameters.
+
+    function: `module` as it is run.
+    """
+    device = inputs[0].device
+    parameters = [p for p in module.parameters() if p.requires_grad] if isinstance(module, nn.Module) else []
+    leaves = [*parameters, *(inputs[i] for i in problem.differentiated)]
+    labels = None if problem.labels is None else _repeat(problem.labels.to(device), repeats)
+    upstream: list[Tensor] = []
+
+    def call(*inputs: Tensor) -> Any:
+        for leaf in leaves:
+            leaf.grad = None
+        outputs = function(*inputs)
+        if problem.loss is None:
+            if not upstream:
+                upstream.append(problem.upstream(outputs, repeats))
+            # Without the nodes that accumulate, which a CUDA graph would find on another stream.
+            gradients = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+            for leaf, gradient in zip(leaves, gradients):
+                leaf.grad = gradient
+            return outputs
+        # Outside autocast, as every training loop has it.
+        with torch.autocast(device.type, enabled=False):
+            loss = problem.loss(outputs, labels)
+        loss.backward()
+        return outputs
+
+    return call
 
 
 def measure_all(selection: Selection, report: Callable[[dict[str, Any]], None]) -> Iterator[str]:
@@ -275,20 +329,16 @@ class Group:
     def _check(self, candidate: Candidate) -> None:
         path, execution, name = (candidate.key[k] for k in ("path", "execution", "dtype"))
         precision = PRECISIONS[name]
-        caps = [min(100 * precision.cap, precision.gradient_cap), precision.gradient_cap]
-        if not self.training:
-            caps = [precision.cap]
-        if path in STRICT:
-            caps = [min(cap, 2 * error + 4 * precision.eps) for cap, error in zip(caps, self._control(name))]
+        caps = budgets(precision, self._control(name) if path in STRICT else None, training=self.training)
         if execution != "eager":
             torch._dynamo.reset()
         memory = measure.Memory(self.device)
         module = self.problem.build(path, precision.weights, self.device, training=self.training)
-        inputs = self.problem.batch(self.repeats, precision.weights, self.device)
+        inputs = self.problem.batch(self.repeats, precision.weights, self.device, training=self.training)
         with measure.precision(name, self.device), torch.set_grad_enabled(self.training):
             start = time.perf_counter()
             function = measure.execute(module, execution, inputs, training=self.training)
-            step = self._step(module, function, inputs)
+            step = self._step(module, function, inputs, whole=execution == "step")
             outputs = step(update=False)
             self._synchronise()
             first = time.perf_counter() - start
@@ -296,9 +346,9 @@ class Group:
             outputs = step(update=False)  # again: what was compiled or captured for later calls counts
             self._synchronise()
             second = time.perf_counter() - start
-            if "graph" in execution or execution in ("reduce-overhead", "own"):
+            if "graph" in execution or execution in ("reduce-overhead", "own", "step"):
                 memory.note_capture()
-            errors = self.truth.errors(path, module, outputs, self.repeats)
+            errors = self.truth.errors(path, module, outputs, self.repeats, inputs)
         del outputs
         # The one that is nearest to its budget, or farthest beyond it.
         error, budget = max(zip(errors, caps), key=lambda pair: pair[0] / pair[1])
@@ -329,33 +379,63 @@ class Group:
         if name not in self.control:
             weights = PRECISIONS[name].weights
             module = self.problem.build("reference", weights, self.device, training=self.training)
-            inputs = self.problem.batch(1, weights, self.device)
+            inputs = self.problem.batch(1, weights, self.device, training=self.training)
             with measure.precision(name, self.device), torch.set_grad_enabled(self.training):
                 outputs = self._step(module, module, inputs, repeats=1)(update=False)
-            self.control[name] = self.truth.errors("reference", module, outputs, 1)
+            self.control[name] = self.truth.errors("reference", module, outputs, 1, inputs)
         return self.control[name]
 
-    def _step(self, module: Callable, function: Callable, inputs: tuple[Tensor, ...], repeats: int = 0) -> Callable:
-        """One forward, or forward, backward and Adam's update; returns the outputs."""
+    def _step(
+        self,
+        module: Callable,
+        function: Callable,
+        inputs: tuple[Tensor, ...],
+        repeats: int = 0,
+        *,
+        whole: bool = False,
+    ) -> Callable:
+        """One forward, or forward, backward and, of a network, Adam's update; returns the outputs.
+
+        whole: whether `TrainingStep` takes it.
+        """
         if not self.training:
             return lambda update: function(*inputs)
-        assert isinstance(module, nn.Module)
-        labels = _repeat(self.problem.labels.to(self.device), repeats or self.repeats)
+        run = step(self.problem, module, function, inputs, repeats or self.repeats)
+        if self.problem.loss is None:
+            return lambda update: run(*inputs)
         trained = [p for p in module.parameters() if p.requires_grad]
         # One kernel for all parameters: on a card everyone's, on a CPU what goes with our own form.
         fused = self.device == "cuda" or isinstance(module, Trained)
-        optimizer = torch.optim.Adam(trained, lr=1e-6, fused=fused)
+        optimizer = torch.optim.Adam(trained, lr=_RATE, fused=fused)
+        if whole:
+            return self._whole(module, optimizer, inputs)
 
-        def step(update: bool) -> Any:
-            optimizer.zero_grad(set_to_none=True)
-            outputs = function(*inputs)
-            # Outside autocast, as every training loop has it.
-            with torch.autocast(self.device, enabled=False):
-                loss = self.problem.loss(outputs, labels)
-            loss.backward()
+        def updated(update: bool) -> Any:
+            outputs = run(*inputs)
             if update:
                 optimizer.step()
             return outputs
+
+        return updated
+
+    def _whole(self, module: Callable, optimizer: torch.optim.Adam, inputs: tuple[Tensor, ...]) -> Callable:
+        from lavish_fast.runtime import FastTraining, TrainingStep
+
+        if not isinstance(getattr(module, "fast", None), FastTraining):
+            raise Unavailable("whole steps are taken of what lavish_fast.optimize made")
+        labels = _repeat(self.problem.labels.to(self.device), self.repeats)
+        taken = TrainingStep(module.fast, self.problem.loss, optimizer)
+        first = True
+
+        def step(update: bool) -> Any:
+            nonlocal first
+            # Without a rate the weights stay, and the gradients' mean is there to be checked.
+            optimizer.param_groups[0]["lr"] = _RATE if update else 0.0
+            for _ in range(_UNTIL_CAPTURED if first else 1):
+                taken.accumulate(*inputs, labels)
+                taken.finish()
+            first = False
+            return None if update else module(*inputs)
 
         return step
 

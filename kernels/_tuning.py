@@ -74,12 +74,23 @@ CANDIDATES: dict[str, dict[str, tuple]] = {
         "num_warps": (4, 8),
         "num_stages": (2, 3),
     },
+    "gather_latents_bwd": {
+        "BLOCK_D": (16, 32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
     "window_attention": {
         "BLOCK_M": (16, 32, 64),
         "BLOCK_N": (32, 64, 128),
         "RELOAD": (False, True),
         "programs": (1440,),
         "num_warps": (1, 2, 4),
+    },
+    "window_attention_bwd": {
+        "BLOCK_M": (16, 32),
+        "BLOCK_N": (32, 64, 128),
+        "fewest": (16,),
+        "num_warps": (2, 4, 8),
     },
 }
 

@@ -2,7 +2,7 @@
 
 from lavish_fast.config import Config
 
-__all__ = ["Config", "Model", "explain", "optimize"]
+__all__ = ["Config", "Model", "TrainingStep", "explain", "optimize"]
 __version__ = "0.1.0"
 
 
@@ -12,7 +12,7 @@ def __getattr__(name: str):
         from lavish_fast.model import Model
 
         return Model
-    if name in ("explain", "optimize"):
+    if name in ("TrainingStep", "explain", "optimize"):
         from lavish_fast import runtime
 
         return getattr(runtime, name)

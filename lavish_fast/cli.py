@@ -125,7 +125,9 @@ Backbone = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Clips that go through the model at once, per device.")]
-Amp = Annotated[Literal["bf16"] | None, typer.Option(help="Autocast to bfloat16.")]
+Amp = Annotated[
+    Literal["bf16", "fp16"] | None, typer.Option(help="bfloat16, or float16 with loss scaling in training.")
+]
 Workers = Annotated[int, typer.Option(help="Processes that decode.")]
 
 
@@ -330,6 +332,9 @@ def train(
         Literal["skip", "stop"],
         typer.Option(help="What to do with a step where a clip gives NaN."),
     ] = TrainConfig.on_nan,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Run blocks again in the backward pass, for less memory.")
+    ] = TrainConfig.checkpointing,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.")] = False,
 ) -> None:
     """Train adapters and head on a data set in AVE's layout.
@@ -358,6 +363,7 @@ def train(
             workers=workers,
             save_every=save_every,
             on_nan=on_nan,
+            checkpointing=checkpointing,
         )
     chosen = _model_config(preset, config)
     chosen = dataclasses.replace(chosen, classes=ave.classes_of(data), modality=modality or chosen.modality)

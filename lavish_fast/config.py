@@ -359,9 +359,10 @@ class TrainConfig:
     batch_size: clips per device that go through the model at once. accumulate: such batches to a step of the
     optimiser. lr, head_lr: Adam's learning rates of adapters and head; every `lr_step` epochs, if given, both are
     multiplied by `lr_gamma`. patience: epochs without a better validation accuracy after which training stops.
-    amp: "bf16" for autocast to bfloat16. workers: processes that decode. save_every: steps between the checkpoints
-    within an epoch; without it there is one at the end of each epoch. on_nan: "skip" for a step without effect where
-    a clip gives probabilities that are not finite, "stop" for the end of the run.
+    amp: "bf16" for bfloat16, "fp16" for float16 with loss scaling. workers: processes that decode. save_every: steps
+    between the checkpoints within an epoch; without it there is one at the end of each epoch. on_nan: "skip" for a
+    step without effect where a clip gives probabilities that are not finite, "stop" for the end of the run.
+    checkpointing: whether blocks run again in the backward pass, for less memory.
     """
 
     batch_size: int = 2
@@ -377,6 +378,7 @@ class TrainConfig:
     workers: int = 2
     save_every: int | None = None
     on_nan: str = "skip"
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         minima = {"batch_size": 1, "epochs": 1, "lr_step": 1, "accumulate": 1, "patience": 1}
@@ -388,9 +390,11 @@ class TrainConfig:
         for name in ("lr", "head_lr", "lr_gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
-        if self.amp not in (None, "bf16"):
-            raise ValueError(f"amp: expected None or 'bf16', got {self.amp!r}")
+        if self.amp not in (None, "bf16", "fp16"):
+            raise ValueError(f"amp: expected None, 'bf16' or 'fp16', got {self.amp!r}")
         if self.on_nan not in ("skip", "stop"):
             raise ValueError(f"on_nan: expected 'skip' or 'stop', got {self.on_nan!r}")
         if self.seed >= 2**32:
             raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
+        if not isinstance(self.checkpointing, bool):
+            raise ValueError(f"checkpointing: expected True or False, got {self.checkpointing!r}")

@@ -1,29 +1,36 @@
 """torch.compile and CUDA graphs: nothing else knows of them.
 
-`optimize` makes a model's fastest form for inference, `explain` says what each of its ops takes.
+`optimize` makes a model's fastest form for inference or training, `explain` says what each of its ops takes,
+`TrainingStep` takes whole steps of training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lavish_fast import ops
 from lavish_fast.adapter import BlockAdapters
 from lavish_fast.concatenated import Concatenated, sharing
+from lavish_fast.config import Config
 from lavish_fast.inference import Inference
 from lavish_fast.model import Model, images
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # clips
+LOSS_SCALE = 2.0**16  # the first, of torch.amp.GradScaler, as the three below
+_GROWTH, _BACKOFF, _GROWTH_STEPS = 2.0, 0.5, 2000
 _WARM_UPS = 3
 
 
@@ -36,6 +43,7 @@ def optimize(
     compile: bool = True,
     cuda_graphs: bool | None = None,
     batch_sizes: Sequence[int] | None = None,
+    checkpointing: bool = False,
 ) -> Fast | FastTraining:
     """The model's fastest form for inference, or for training, called as the model is.
 
@@ -59,6 +67,8 @@ def optimize(
         batch_sizes: in clips of the configuration's seconds, what graphs are captured for, each at its first use; by
             default 1, 2, 4 ... 32. Other batches are padded to the next of them, larger ones are cut. In training
             by default the first batch's, and others run without a graph: padding would change BatchNorm's statistics.
+        checkpointing: in training, keep the blocks' inputs alone and run each block again in the backward pass: less
+            memory, a forward pass more of time, the same gradients and buffers. With a drop path it has no graphs.
 
     Raises: ValueError naming the argument, what was expected and what came.
     """
@@ -74,7 +84,9 @@ def optimize(
     if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
         raise ValueError(f"batch_sizes: expected clips, at least 1 each, got {batch_sizes}")
     if training:
-        return FastTraining(model, dtype, path, compile, cuda and cuda_graphs is not False, batch_sizes)
+        return FastTraining(model, dtype, path, compile, cuda_graphs, batch_sizes, checkpointing)
+    if checkpointing:
+        raise ValueError("checkpointing: expected training=True, got a model for inference")
     if model.config.backbone.kind == "swinv2":
         # The fused adapter applies the norms as they are; without a card they are folded.
         fold = path == "reference" or (path == "auto" and not cuda)
@@ -118,12 +130,14 @@ class Fast:
 class FastTraining(nn.Module):
     """What `optimize` returns for training: a module that shares the model's adapters and head.
 
-    `train()` and `eval()` are its own, not the model's. On CUDA the forward and the backward pass are a graph each,
+    `train()` and `eval()` are its own, not the model's. On CUDA its forward and its backward pass are a graph each,
     while in training and for the batch sizes that `optimize` says, with one backward for each forward; loss, optimiser,
-    gradient accumulation and scaling stay the loop's. Under DistributedDataParallel or with SyncBatchNorm take
-    `cuda_graphs=False`.
+    gradient accumulation and scaling stay the loop's. `TrainingStep` has all of these in its graphs.
 
-    network: the module that runs.
+    Nothing is captured with SyncBatchNorm, or where checkpointing meets a drop path. Under DistributedDataParallel take
+    `cuda_graphs=False`; it then broadcasts BatchNorm's buffers, not the frozen weights, of which each rank has its own.
+
+    network: the module that runs. dtype: of its arithmetic.
     """
 
     def __init__(
@@ -132,12 +146,14 @@ class FastTraining(nn.Module):
         dtype: torch.dtype | None,
         path: str,
         compile: bool,
-        cuda_graphs: bool,
+        cuda_graphs: bool | None,
         batch_sizes: Sequence[int] | None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.config = model.config
+        self.config, self.checkpointing = model.config, checkpointing
         self._out_dtype = next(model.parameters()).dtype
+        self.dtype = dtype or self._out_dtype
         if model.config.backbone.kind == "swinv2":
             self.network: nn.Module = Concatenated(model, dtype=dtype, path=path)
             self._autocast, parts = None, self.network.blocks  # it has its own
@@ -147,9 +163,15 @@ class FastTraining(nn.Module):
         explain(self)  # raises where "fused" cannot be had
         if compile:
             _compile(parts)
+        if checkpointing:
+            for part in parts:
+                part.forward = _Checkpointed(part, _drops(self.config))
         self._graphed: dict[int, Callable[..., Tensor]] = {}
         self._sizes = None if batch_sizes is None else {size * model.config.frames for size in batch_sizes}
-        self._cuda_graphs = cuda_graphs
+        self._cuda_graphs = _captures(self, cuda_graphs)
+        own = {id(buffer) for buffer in _Statistics(self).buffers}
+        # Read by DistributedDataParallel, which would broadcast every buffer before each forward pass.
+        self._ddp_params_and_buffers_to_ignore = [n for n, buffer in self.named_buffers() if id(buffer) not in own]
         self.train()
 
     def forward(self, audio: Any, video: Tensor | None = None) -> Tensor:
@@ -157,13 +179,12 @@ class FastTraining(nn.Module):
 
         Raises: ValueError naming the input, what was expected and what came.
         """
-        streams = images(self.config, audio, video)
-        device = next(self.network.parameters()).device
-        for name, x in streams.items():
-            if x.device != device:
-                raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
-        given = tuple(streams.values())
+        given = tuple(_images(self, audio, video).values())
         return self._choose(given)(*given).to(self._out_dtype)
+
+    def classify(self, *streams: Tensor) -> Tensor:
+        """Images of each stream, (n, 3, S, S), audio first, to class probabilities (n, K), without a graph."""
+        return _Classify(self.network, self._autocast)(*streams).to(self._out_dtype)
 
     def _choose(self, streams: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         classify = _Classify(self.network, self._autocast)
@@ -173,11 +194,11 @@ class FastTraining(nn.Module):
         if self._sizes is None:
             self._sizes = {rows}
         if rows in self._sizes and rows not in self._graphed:
-            buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+            statistics = _Statistics(self.network)
+            before = statistics.flat()
             samples = tuple(x.clone() for x in streams)
             self._graphed[rows] = torch.cuda.make_graphed_callables(classify, samples, allow_unused_input=True)
-            for buffer, before in buffers:
-                buffer.copy_(before)  # the runs before the capture are no steps
+            statistics.put(before)  # the runs before the capture are no steps
         if rows not in self._graphed:
             return classify
         # Autograd may have taken the graph's own gradients, which its next backward overwrites, for the parameters'.
@@ -185,6 +206,85 @@ class FastTraining(nn.Module):
             for p, gradient in zip(held, torch._foreach_mul([p.grad for p in held], 1)):
                 p.grad = gradient
         return self._graphed[rows]
+
+
+def _images(network: Model | FastTraining, audio: Any, video: Tensor | None) -> dict[str, Tensor]:
+    """`images` on the network's device."""
+    streams, device = images(network.config, audio, video), next(network.parameters()).device
+    for name, x in streams.items():
+        if x.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+    return streams
+
+
+def _drops(config: Config) -> bool:
+    return getattr(config.backbone, "drop_path_rate", 0) > 0
+
+
+def _captures(network: Model | FastTraining, cuda_graphs: bool | None) -> bool:
+    """Whether a network's passes are captured. Raises: ValueError where they are to be and cannot."""
+    device = next(network.parameters()).device
+    if device.type != "cuda":
+        why = f"a model on a CUDA device, got one on {device}"
+    elif any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()):
+        why = "BatchNorm of one process, got SyncBatchNorm"
+    elif getattr(network, "checkpointing", False) and _drops(network.config):
+        why = "no drop path where blocks run again, got one"  # its random state would have to be read and set
+    else:
+        return cuda_graphs is not False
+    if cuda_graphs:
+        raise ValueError(f"cuda_graphs: expected {why}")
+    return False
+
+
+class _Statistics:
+    """The buffers of a module's BatchNorms, as one flat tensor of each type: few launches for many of them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self.buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        kinds = dict.fromkeys(buffer.dtype for buffer in self.buffers)
+        self._groups = [[buffer for buffer in self.buffers if buffer.dtype == kind] for kind in kinds]
+
+    def flat(self) -> list[Tensor]:
+        """A copy of them."""
+        return [torch.cat([buffer.flatten() for buffer in group]) for group in self._groups]
+
+    @torch.no_grad()
+    def put(self, flat: list[Tensor]) -> None:
+        """Sets them, also between a forward pass that read them and its backward pass."""
+        for group, values in zip(self._groups, flat):
+            parts = values.split([buffer.numel() for buffer in group])
+            torch._foreach_copy_([b.data for b in group], [x.view_as(b) for x, b in zip(parts, group)])
+
+
+class _Checkpointed:
+    """A block's forward, run again in the backward pass, where it leaves BatchNorm's buffers as they are.
+
+    random: whether it draws random numbers.
+    """
+
+    def __init__(self, block: nn.Module, random: bool) -> None:
+        self._forward, self._statistics, self._random = block.forward, _Statistics(block), random
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._forward(*arguments)
+        return torch.utils.checkpoint.checkpoint(
+            self._forward,
+            *arguments,
+            use_reentrant=False,
+            preserve_rng_state=self._random,
+            context_fn=lambda: (contextlib.nullcontext(), self._again()),
+        )
+
+    @contextlib.contextmanager
+    def _again(self) -> Iterator[None]:
+        before = self._statistics.flat()
+        try:
+            yield
+        finally:
+            self._statistics.put(before)
 
 
 class _Classify(nn.Module):
@@ -309,6 +409,290 @@ def _ranges(numbers: list[int]) -> str:
     groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     spans = [[n for _, n in group] for _, group in groups]
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
+
+
+class Outcome(NamedTuple):
+    """What a step did, over all ranks: 0-dim float64 tensors on the device. Reading one waits for the step.
+
+    loss: the mean over the step's segments. failed: clips to blame for probabilities that are not finite; no step was
+    taken then, and loss, segments and clips are 0. overflow: 1 where gradients are not finite and no step was taken.
+    """
+
+    loss: Tensor
+    segments: Tensor
+    clips: Tensor
+    failed: Tensor
+    overflow: Tensor
+
+
+class TrainingStep:
+    """Steps of training: forward, loss, backward, accumulation, loss scaling and fused Adam, as CUDA graphs.
+
+        step = TrainingStep(optimize(model, training=True), ave.loss, optimizer)
+        for audio, video, labels in loader:
+            step.accumulate(audio, video, labels)  # as often as a step has micro-batches
+            outcome = step.finish()
+
+    A micro-batch counts by its segments, so k of them are one batch k times as large, but for BatchNorm. A step in
+    which a clip gives NaN or infinity, or in which gradients overflow, leaves parameters, Adam's state and BatchNorm's
+    buffers as they were, without a word to the host. Where torch.distributed has several ranks their gradients are
+    summed between the graphs, and each must call `finish` equally often.
+
+    Captured: one graph for each shape of micro-batch that `batch_sizes` says, and one that finishes the step; each
+    after three calls that run as they are. Not captured: micro-batches of other shapes (the same functions run), the
+    sum over ranks, networks with SyncBatchNorm, and on a CPU anything. A graph keeps what it was captured with:
+    requires_grad, the modes of single modules, the optimiser's settings but for learning rates; `reset` has all
+    captured anew. The optimiser's own step and zero_grad are not to be called.
+
+    Args:
+        network: a `Model`, or what `optimize` made of it for training.
+        loss: of probabilities (B * T, K) and labels, their mean over the segments, a scalar. It must not read tensors
+            on the host. Rows of probabilities that are not finite reach it as 1 / K.
+        optimizer: torch.optim.Adam or AdamW with fused=True. Its learning rates may be changed at any time.
+        loss_scale: the first factor of the loss, doubled after 2000 steps without an overflow and halved by one; by
+            default 65536 for a network in float16 and none for others.
+        cuda_graphs: whether to capture; by default on a CUDA device, if nothing stands against it.
+        batch_sizes: in clips, what is captured; by default the first micro-batch's.
+
+    Raises: ValueError naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        network: Model | FastTraining,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss_scale: float | None = None,
+        cuda_graphs: bool | None = None,
+        batch_sizes: Sequence[int] | None = None,
+    ) -> None:
+        if not isinstance(network, (Model, FastTraining)):
+            expected = "a Model or what optimize(model, training=True) returns"
+            raise ValueError(f"network: expected {expected}, got {type(network).__name__}")
+        adam = isinstance(optimizer, torch.optim.Adam)
+        if not adam or not all(group["fused"] for group in optimizer.param_groups):
+            got = type(optimizer).__name__ + (" without it" if adam else "")
+            raise ValueError(f"optimizer: expected Adam or AdamW with fused=True, got {got}")
+        if loss_scale is not None and not 0 < loss_scale < float("inf"):
+            raise ValueError(f"loss_scale: expected a positive number, got {loss_scale}")
+        self.network, self.optimizer, self._loss = network, optimizer, loss
+        self._device = device = next(network.parameters()).device
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._gradients = [torch.zeros_like(p) for p in self._parameters]
+        self._statistics = _Statistics(network)
+        self._kept = self._statistics.flat()  # as they were before the step under way
+        if loss_scale is None and getattr(network, "dtype", None) == torch.float16:
+            loss_scale = LOSS_SCALE
+        self._scale = None if loss_scale is None else torch.tensor(loss_scale, dtype=torch.float32, device=device)
+        self._growth = torch.zeros((), dtype=torch.int32, device=device)  # steps without an overflow
+        # Adam's kernel takes float32; a CPU takes a number, as it would from the optimiser.
+        rate = torch.float32 if device.type == "cuda" else torch.float64
+        self._rates = [torch.zeros((), dtype=rate, device=device) for _ in optimizer.param_groups]
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, segments, clips, clips that failed
+        self._outcome = torch.zeros(len(Outcome._fields), dtype=torch.float64, device=device)
+        self._begun = False
+        self._graphs = _captures(network, cuda_graphs)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and self._graphs else None
+        self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
+        self._sizes = None if batch_sizes is None else set(batch_sizes)
+        self.reset()
+        # It replaces the tensors that a graph writes to.
+        optimizer.register_load_state_dict_post_hook(lambda _: self.reset())
+
+    @property
+    def scales(self) -> bool:
+        """Whether the loss is scaled."""
+        return self._scale is not None
+
+    def reset(self) -> None:
+        """Forgets the graphs, and the micro-batches of a step that is not finished."""
+        if self._begun:
+            self._statistics.put(self._kept)
+        self._begun = False
+        self._micro: dict[tuple, tuple[list[Tensor], Tensor, Callable[[], None]]] = {}
+        self._last = self._recorded(self._take)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the loss scaling; empty without it. Model and optimiser have their own."""
+        return {} if self._scale is None else {"scale": self._scale.clone(), "growth": self._growth.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up what `state_dict` gave. Raises: ValueError naming what was expected and what came."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"loss scale: expected {sorted(self.state_dict())}, got {sorted(state)}")
+        for name, own in (("scale", self._scale), ("growth", self._growth)):
+            if name in state:
+                own.copy_(state[name])
+
+    def accumulate(self, audio: Any, video: Tensor | None, labels: Tensor) -> Tensor:
+        """Adds a micro-batch's gradients to the step's.
+
+        Args:
+            audio, video: as for `Model.forward`, on the model's device.
+            labels: (B, ...), a class for each segment.
+
+        Returns: (B,) bool on the device, False for clips that are to blame for probabilities that are not finite:
+            those whose inputs are not, and if there are none, those whose probabilities are not.
+
+        Raises: ValueError naming the tensor, what was expected and what came.
+        """
+        audio = audio[0] if isinstance(audio, (list, tuple)) and audio else audio
+        _images(self.network, audio, video)
+        inputs = [{"audio": audio, "video": video}[name] for name in self.network.config.streams]
+        clips = len(inputs[0])
+        if not isinstance(labels, Tensor) or labels.device != self._device or not labels.ndim or len(labels) != clips:
+            got = f"{tuple(labels.shape)} on {labels.device}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"labels: expected a tensor ({clips}, ...) on {self._device}, got {got}")
+        if not labels.numel():
+            raise ValueError(f"labels: expected a segment, got {tuple(labels.shape)}")
+        given = [*(x.detach() for x in inputs), labels]
+        with self._on_stream():
+            self._begin()
+            if self._sizes is None:
+                self._sizes = {clips}
+            if not (self._graphs and clips in self._sizes):
+                fine = torch.empty(clips, dtype=torch.bool, device=self._device)
+                self._add(given, fine)
+                return fine
+            key = (self.network.training, *((x.shape, x.dtype) for x in given))
+            if key not in self._micro:
+                own, fine = [x.clone() for x in given], torch.empty(clips, dtype=torch.bool, device=self._device)
+                self._micro[key] = own, fine, self._recorded(partial(self._add, own, fine))
+            own, fine, run = self._micro[key]
+            for static, x in zip(own, given):
+                static.copy_(x, non_blocking=True)
+            run()
+            return fine.clone()
+
+    @torch.no_grad()
+    def finish(self) -> Outcome:
+        """Takes the step, if no clip failed and no gradient overflowed. `grad` of the parameters is then their mean."""
+        with self._on_stream():
+            self._begin()
+            self._begun = False
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(self._sums)
+                flat = torch.cat([gradient.flatten() for gradient in self._gradients])
+                dist.all_reduce(flat)
+                parts = flat.split([gradient.numel() for gradient in self._gradients])
+                torch._foreach_copy_(self._gradients, [x.view_as(g) for x, g in zip(parts, self._gradients)])
+            for own, group in zip(self._rates, self.optimizer.param_groups):
+                own.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else own.fill_(group["lr"])
+            self._last()
+            return Outcome(*self._outcome.clone().unbind())
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            for parameter, gradient in zip(self._parameters, self._gradients):
+                parameter.grad = gradient
+            torch._foreach_zero_(self._gradients)
+            self._sums.zero_()
+            for kept, now in zip(self._kept, self._statistics.flat()):
+                kept.copy_(now)
+
+    def _add(self, given: list[Tensor], fine: Tensor) -> None:
+        *inputs, labels = given
+        named, clips = dict(zip(self.network.config.streams, inputs)), len(labels)
+        streams = images(self.network.config, named.get("audio"), named.get("video"))
+        with torch.enable_grad():
+            probabilities = self.network.classify(*streams.values())
+            rows = probabilities.detach().isfinite().all(-1)
+            # Binary cross-entropy of NaN ends the process on a GPU.
+            usable = probabilities.masked_fill(~rows[:, None], 1 / probabilities.shape[-1])
+            loss = self._loss(usable, labels) * labels.numel()
+            (loss if self._scale is None else loss * self._scale).backward(inputs=self._parameters)
+        # BatchNorm spreads one clip's NaN over its batch.
+        finite = rows.view(clips, -1).all(-1)
+        sound = torch.stack([x.flatten(1).isfinite().all(1) for x in inputs]).all(0)
+        fine.copy_(torch.where(sound.all(), finite, sound) | finite.all())
+        failed = clips - fine.sum()
+        for total, value in zip(self._sums.unbind(), (loss.detach(), labels.numel(), clips, failed)):
+            total += value
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        """From summed gradients to Adam's step, or to none."""
+        loss, segments, clips, failed = self._sums.unbind()
+        bad, one = torch.zeros(1, device=self._device), torch.ones(1, device=self._device)
+        for kind in dict.fromkeys(gradient.dtype for gradient in self._gradients):
+            of_kind = [gradient for gradient in self._gradients if gradient.dtype == kind]
+            torch._amp_foreach_non_finite_check_and_unscale_(of_kind, bad, one)
+        counts = (failed == 0) & (segments > 0)
+        overflow = counts & (bad > 0).squeeze()
+        refused = overflow | ~counts
+        divisor = segments.float() if self._scale is None else segments.float() * self._scale
+        with self._borrowed(grad_scale=divisor, found_inf=refused.float()):
+            self.optimizer.step()
+        if self._scale is not None:
+            scale, growth = self._scale.clone(), self._growth.clone()
+            torch._amp_update_scale_(scale, growth, bad, _GROWTH, _BACKOFF, _GROWTH_STEPS)
+            self._scale.copy_(torch.where(counts, scale, self._scale))
+            self._growth.copy_(torch.where(counts, growth, self._growth))
+        pairs = zip(self._kept, self._statistics.flat())
+        self._statistics.put([torch.where(refused, kept, now) for kept, now in pairs])
+        zero = torch.zeros_like(loss)
+        loss, segments, clips = (torch.where(counts, x, zero) for x in (loss / segments, segments, clips))
+        self._outcome.copy_(torch.stack((loss, segments, clips, failed, overflow.double())))
+
+    @contextlib.contextmanager
+    def _borrowed(self, **attributes: Tensor) -> Iterator[None]:
+        """The optimiser, set to be captured; afterwards as its owner had it."""
+        groups = self.optimizer.param_groups
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        before = [(group["lr"], group["capturable"]) for group in groups]
+        try:
+            vars(self.optimizer).update(attributes)
+            for group, rate in zip(groups, self._rates):
+                group.update(lr=rate, capturable=capturing)
+            yield
+        finally:
+            for name in attributes:
+                delattr(self.optimizer, name)
+            for group, (rate, capturable) in zip(groups, before):
+                group.update(lr=rate, capturable=capturable)
+
+    def _recorded(self, function: Callable[[], None]) -> Callable[[], None]:
+        return _Recorded(function, self._stream, self._pool) if self._graphs else function
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Work is on one stream, captured or not, as the nodes of autograd remember theirs."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            finally:
+                torch.cuda.current_stream().wait_stream(self._stream)
+
+
+class _Recorded:
+    """A function that reads and writes tensors in their places; a CUDA graph once it has run as often as is asked."""
+
+    def __init__(self, function: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any) -> None:
+        self._function, self._where = function, (stream, pool)
+        self._left, self._graph = _WARM_UPS, None
+
+    def __call__(self) -> None:
+        if self._left:
+            self._left -= 1
+            return self._function()
+        if self._graph is None:
+            self._graph = _record(self._function, *self._where)
+        self._graph.replay()
+
+
+def _record(function: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    # A loader's threads may pin memory meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        function()
+    return graph
 
 
 class Graphs:

@@ -17,7 +17,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,13 +32,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavish_fast import checkpoint
 from lavish_fast.config import TrainConfig
+from lavish_fast.runtime import TrainingStep, optimize
 from lavish_fast.tasks import ave
 
 if TYPE_CHECKING:
     from lavish_fast.model import Model
 
 # What may differ when a run is resumed: it decides how long and how fast, not what is computed.
-_FREE = ("epochs", "patience", "workers", "on_nan")
+_FREE = ("epochs", "patience", "workers", "on_nan", "checkpointing")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -89,20 +91,21 @@ def fit(
 
     A micro-batch counts by its segments, so k of them are one batch k times as large, but for BatchNorm. A clip
     that cannot be read is left out with a warning. So is, by default, a step in which a clip gives probabilities that
-    are not finite: parameters, Adam's state and BatchNorm's buffers stay as they were. On a GPU the model runs as
-    `lavish_fast.optimize` makes it for training.
+    are not finite: parameters, Adam's state and BatchNorm's buffers stay as they were. The same happens without a
+    warning where gradients overflow in float16, which halves the loss scale. The model runs as `lavish_fast.optimize`
+    makes it for training, in a `lavish_fast.TrainingStep`: on a GPU its steps are CUDA graphs.
 
     Args:
         train_set, val_set: `ave.AVEDataset`, or anything with its items.
         out: last/ is the state to resume from, best/ the best model; log.jsonl has a line a step and an epoch,
             tensorboard/ the same as curves. Each file is replaced in one move, so a kill leaves the old or the new.
         resume: go on from out/last, also from the middle of an epoch: on a CPU, bit for bit as if never stopped.
-            `epochs`, `patience`, `workers` and `on_nan` of the configuration may be changed, nothing else.
+            `epochs`, `patience`, `workers`, `on_nan` and `checkpointing` may be changed, nothing else.
         progress: a running bar to use. Without it there is one on a terminal, and elsewhere a line an epoch.
         device: a GPU where there is one, if not given.
 
     Raises: ValueError or FileNotFoundError naming what was expected and what came; with `on_nan="stop"`
-        FloatingPointError naming the clips whose probabilities are not finite, before that step is taken.
+        FloatingPointError naming the clips whose probabilities are not finite. That step is not taken.
     """
     out, device = Path(out), _device(device)
     for name, data in (("train set", train_set), ("validation set", val_set)):
@@ -149,6 +152,7 @@ def fit(
                     f"epoch {state.epoch}/{config.epochs}  loss {loss:.4f}  val {result.accuracy:.1%} "
                     f"({result.correct}/{result.total})  {clips_per_second:.1f} clips/s"
                     + (f"  {len(state.skipped)} files skipped" if state.skipped else "")
+                    + (f"  {state.overflows} overflows" if state.overflows else "")
                 )
         return Fit(state.best_accuracy, state.best_epoch, state.epoch, state.steps, tuple(state.skipped))
 
@@ -216,6 +220,7 @@ class _State:
     best_epoch: int = 0
     log_bytes: int = 0
     skipped: list[str] = dataclasses.field(default_factory=list)
+    overflows: int = 0  # steps that were not taken because of them
 
 
 class _Run:
@@ -227,17 +232,11 @@ class _Run:
         head = [p for name, p in model.trainable_parameters() if name.startswith("head.")]
         adapters = [p for name, p in model.trainable_parameters() if not name.startswith("head.")]
         self.parameters = adapters + head
-        cuda = device.type == "cuda"
-        self.optimizer = torch.optim.Adam([{"params": adapters}, {"params": head}], fused=cuda or None)
-        self.network, self.amp = model, config.amp
-        if cuda:
-            from lavish_fast.runtime import optimize
-
-            dtype = torch.bfloat16 if config.amp else None
-            self.network = optimize(model, training=True, dtype=dtype, batch_sizes=[config.batch_size])
-            self.amp = None  # it has its own
-        self.buffers = [buffer for name, buffer in model.trainable_state_dict().items() if _is_statistic(name)]
-        self.kept = [buffer.clone() for buffer in self.buffers]  # as they were before the step under way
+        self.optimizer = torch.optim.Adam([{"params": adapters}, {"params": head}], fused=True)
+        options = {"dtype": _DTYPES.get(config.amp), "checkpointing": config.checkpointing}
+        compile = device.type == "cuda"  # on a CPU it takes longer than it saves
+        self.network = optimize(model, training=True, compile=compile, cuda_graphs=False, **options)
+        self.take = TrainingStep(self.network, ave.loss, self.optimizer, batch_sizes=[config.batch_size])
         self.identity = {
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE},
             "model": model.config.to_dict() | {"backbone_sha256": checkpoint.fingerprint(model.backbone)},
@@ -252,49 +251,32 @@ class _Run:
             group["lr"] = lr * self.config.lr_gamma**decays
         # No random state outlives a step, so that there is none to restore.
         _seed(self.config.seed, self.state.steps, self.steps.rank)
-        self.optimizer.zero_grad()
-        _copy(self.buffers, self.kept)
-        # Sums over segments, divided once their number is known: unreadable clips and short groups change it.
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, segments, clips, batches that failed
+        fine: list[tuple[tuple[str, ...], Tensor]] = []
         for batch in batches:
             self.note(batch.failed)
-            if not len(batch):
-                continue
-            batch = batch.to(self.device)
-            try:
-                probabilities = _probabilities(self.network, batch, self.amp)
-            except FloatingPointError as error:
-                if self.config.on_nan == "stop":
-                    raise
-                self.note([f"step {self.state.steps + 1}: {error}"])
-                sums[3] += 1
-                continue
-            loss = ave.loss(probabilities, batch.labels) * batch.labels.numel()
-            loss.backward()
-            sums[:3] += sums.new_tensor([loss.item(), batch.labels.numel(), len(batch)])
-        if self.steps.world > 1:
-            dist.all_reduce(sums)
-            self._sum_gradients()
-        loss, segments, clips, failed = sums.tolist()
-        if failed:
-            _copy(self.kept, self.buffers)
+            if len(batch):
+                batch = batch.to(self.device)
+                fine.append((batch.ids, self.take.accumulate(batch.audio, batch.video, batch.labels)))
+        loss, segments, clips, failed, overflow = torch.stack(self.take.finish()).tolist()
+        if failed or (overflow and not self.take.scales):
             loss = segments = clips = 0
-        elif segments:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= segments
-            self.optimizer.step()
-        self.state.loss += loss
+            self._failed(fine)
+        self.state.overflows += int(overflow)
+        self.state.loss += loss * segments
         self.state.segments += int(segments)
         self.state.step += 1
         self.state.steps += 1
-        return loss / max(segments, 1), int(clips)
+        return loss, int(clips)
 
-    def _sum_gradients(self) -> None:
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
-        dist.all_reduce(flat)
-        for parameter, gradient in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
-            parameter.grad = gradient.view_as(parameter)
+    def _failed(self, fine: list[tuple[tuple[str, ...], Tensor]]) -> None:
+        """Notes a step that was not taken, or ends the run. fine: ids of clips, and whether they are not to blame."""
+        names = [name for ids, good in fine for name, is_fine in zip(ids, good.tolist()) if not is_fine]
+        names = ", ".join(itertools.chain(*_gather(names)))
+        what = f"{names}: expected finite probabilities" if names else "expected finite gradients"
+        if self.config.on_nan == "stop":
+            raise FloatingPointError(f"{what}, got NaN or infinity")
+        if self.steps.rank == 0:
+            self.note([f"step {self.state.steps + 1}: {what}, got NaN or infinity"])
 
     def average_buffers(self) -> None:
         """Makes BatchNorm's running statistics the mean over the ranks."""
@@ -318,6 +300,7 @@ class _Run:
             tensors = {f"model.{name}": tensor for name, tensor in self.model.trainable_state_dict().items()}
             for index, values in self.optimizer.state_dict()["state"].items():
                 tensors |= {f"adam.{index}.{name}": tensor for name, tensor in values.items()}
+            tensors |= {f"scaler.{name}": tensor for name, tensor in self.take.state_dict().items()}
             checkpoint.write_tensors(self.path, tensors, {"run": json.dumps(facts)})
 
     def load(self) -> None:
@@ -343,6 +326,11 @@ class _Run:
             elif shapes != [None] * 3:  # a parameter that never had a gradient has no state
                 raise ValueError(f"{self.path}: expected Adam's state of shape {tuple(parameter.shape)}, got {shapes}")
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
+        scaler = {name.removeprefix("scaler."): t for name, t in tensors.items() if name.startswith("scaler.")}
+        try:
+            self.take.load_state_dict(scaler)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
         self.state = state
 
 
@@ -401,25 +389,12 @@ def _train_epoch(run: _Run, loader: DataLoader, log: _Log, bar: Progress) -> flo
     return clips / (time.perf_counter() - start)
 
 
-def _copy(tensors: Sequence[Tensor], to: Sequence[Tensor]) -> None:
-    if tensors:
-        torch._foreach_copy_(to, tensors)
-
-
-def _is_statistic(name: str) -> bool:
-    return name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
-
-
 def _probabilities(model: nn.Module, batch: ave.Batch, amp: str | None) -> Tensor:
-    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=amp == "bf16"):
+    with torch.autocast(batch.labels.device.type, _DTYPES.get(amp), enabled=amp is not None):
         probabilities = model(batch.audio, batch.video)
-    # Before the loss: on a GPU, binary cross-entropy of NaN ends the process.
     finite = probabilities.isfinite().all(-1).view(len(batch), -1).all(-1).tolist()
     if not all(finite):
-        # BatchNorm spreads one clip's NaN over its batch: where inputs are to blame, only their clips are named.
-        inputs = [x.flatten(1).isfinite().all(1).tolist() for x in (batch.audio, batch.video) if x is not None]
-        good = [all(clip) for clip in zip(*inputs)]
-        names = ", ".join(name for name, fine in zip(batch.ids, finite if all(good) else good) if not fine)
+        names = ", ".join(name for name, fine in zip(batch.ids, finite) if not fine)
         raise FloatingPointError(f"{names}: expected finite probabilities, got NaN or infinity")
     return probabilities
 
@@ -455,6 +430,7 @@ class _Log:
         row = {"epoch": state.epoch, "steps": state.steps, "train_loss": loss, "val_accuracy": result.accuracy}
         row |= {"val_correct": result.correct, "val_total": result.total, "best_epoch": state.best_epoch}
         row |= {"clips_per_second": round(clips_per_second, 3), "skipped": state.skipped}
+        row["overflows"] = state.overflows
         self._write(state, row, {"val/accuracy": result.accuracy, "train/epoch_loss": loss})
 
     def _write(self, state: _State, row: dict[str, Any], curves: dict[str, float]) -> None:

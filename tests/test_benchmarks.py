@@ -71,7 +71,11 @@ def test_run_fails_when_a_path_is_wrong(tiny, tmp_path, monkeypatch):
         (["run", "--preset", "huge"], "preset: expected some of paper, small, got huge"),
         (["run", "--batch", "3", "--device", "cpu"], "batch: expected 1 or even numbers of clips, got 3"),
         (["run", "--batch", "two", "--device", "cpu"], "batch: expected 1 or even numbers of clips, got two"),
+        (["ladder", "--mode", "sleeping"], "mode: expected some of inference, training, got sleeping"),
         (["ladder", "--execution", "blocks,eager"], "execution: expected one of blocks, eager"),
+        (["memory", "--mode", "sleeping"], "mode: expected some of inference, training, got sleeping"),
+        (["profile", "--device", "cpu"], "device: expected cuda, whose kernels are listed, got cpu"),
+        (["tune", "--device", "cpu"], "device: expected cuda, whose kernels are tuned, got cpu"),
         (["roofline", "--model", "big"], "model: expected some of ave-swinv2-large"),
         (["roofline", "--tflops", "5"], "limits: expected both --tflops and --gb-per-s"),
     ],
@@ -138,10 +142,27 @@ def test_compare_and_tables_read_what_run_wrote(tiny, tmp_path):
     assert (tmp_path / "figure_1.png").is_file()
 
 
+def test_memory_is_drawn_from_what_run_wrote(tiny, tmp_path):
+    assert "no training of case ave was measured at the paper preset" in run("memory", "--rows", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    arguments = ("--case", "ave", "--mode", "training", "--device", "cpu", "--preset", "small", "--batch", "1,2")
+    arguments += ("--path", "released,concatenated", "--dtype", "float32", "--seconds", 0)
+    run("run", *arguments, "--out", tmp_path / "bench.jsonl")
+    output = run("memory", "--rows", tmp_path, "--out", tmp_path / "drawn")
+    for row in results.read(tmp_path / "bench.jsonl"):
+        assert f"{row['path']} eager float32" in output
+        assert f"{row['peak_mib'] / row['batch']:,.0f}" in output
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
+        "memory-training.png",
+        "memory-training.svg",
+    ]
+
+
 def test_ladder_climbs_in_processes_of_their_own(tmp_path, monkeypatch):
     from benchmarks import ladder
 
-    monkeypatch.setattr(ladder, "RUNGS", (ladder.RUNGS[0], ladder.RUNGS[2], ladder.RUNGS[5]))
+    first, _, third, _, _, sixth, *_ = ladder.RUNGS["inference"]
+    monkeypatch.setitem(ladder.RUNGS, "inference", (first, third, sixth))
     out = tmp_path / "ladder.jsonl"
     arguments = ("--device", "cpu", "--preset", "small", "--batch", "1", "--execution", "eager", "--seconds", "0")
     run("ladder", *arguments, "--out", out)
@@ -153,6 +174,33 @@ def test_ladder_climbs_in_processes_of_their_own(tmp_path, monkeypatch):
     ]
     assert (tmp_path / "ladder.svg").is_file()
     assert (tmp_path / "ladder.png").is_file()
+
+
+def test_the_ladder_of_training_has_a_file_and_pictures_of_its_own(tmp_path, monkeypatch):
+    from benchmarks import ladder
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    asked = []
+
+    def climb(device, mode, *rest, **limits):
+        for rung in ladder.RUNGS[mode]:
+            asked.append(mode)
+            key = {"case": "ave", "mode": mode, "preset": "small", "batch": 2, "setting": {}, "path": rung.path}
+            key |= {"execution": "eager", "dtype": rung.dtype, "device": "a CPU", "threads": 1}
+            yield key | {"status": "skipped", "reason": "no time"}
+
+    monkeypatch.setattr(ladder, "climb", climb)
+    output = run("ladder", "--mode", "training", "--device", "cpu", "--execution", "eager")
+    folder = results.folder("cpu")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"ladder-training.{suffix}" for suffix in ("jsonl", "png", "svg")
+    ]
+    assert asked == ["training"] * len(ladder.RUNGS["training"])
+    assert "+ CUDA graphs: optimize" in output
+    assert [row["rung"] for row in results.read(folder / "ladder-training.jsonl")] == [
+        rung.label for rung in ladder.RUNGS["training"]
+    ]
+    assert "AVE training, small preset" in (folder / "ladder-training.svg").read_text()
 
 
 # benchmarks/gpu.sh
@@ -168,6 +216,7 @@ if [[ $1 == -c && $2 == *find_spec* ]]; then
     for module in $LACKS; do [[ $2 == *"'$module'"* ]] && exit 0; done
     exit 1
 fi
+[[ $1 == -c && $2 == *is_available* && $CARD ]] && exit 0
 [[ $1 == -c ]] && exec {sys.executable} "$@"
 echo "$*" >>{tmp_path}/calls
 [[ $* == *"--case ave,backbone"* ]] && exit ${{FAILS:-0}}
@@ -188,11 +237,35 @@ def test_gpu_sh_runs_every_part(fake_python, tmp_path):
     done = gpu(fake_python, "--dry", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text()
-    for part in ("-m pytest -m gpu", "roofline --measure", "window_attention", "ladder", "training", "--case cmbs,mbt"):
+    for part in ("-m pytest -m gpu", "roofline --measure", "window_attention", "--case cmbs,mbt"):
         assert part in calls, part
+    for mode, name in (("inference", "ladder"), ("training", "ladder-training")):
+        assert f"--mode {mode} --batch 1 --execution eager" in calls
+        assert f"--out {tmp_path}/out/{name}.jsonl" in calls
+    assert f"memory --rows {tmp_path}/out --preset small" in calls
     steps = (tmp_path / "out" / "steps.txt").read_text()
-    assert steps.count("done") == 8
+    assert steps.count("done") == 10
     assert "skipped" not in steps
+    # What takes a card is left out.
+    assert not any(part in calls for part in ("test_kernel_", "tune", "profile", "worksteal"))
+
+
+def test_gpu_sh_on_a_card(fake_python, tmp_path):
+    done = gpu(fake_python, "--out", tmp_path / "out", CARD=1)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert "-n 12 --dist worksteal -k not buil tests/test_kernel_adapter.py" in calls
+    assert "benchmarks tune --stage 3 --seconds 0.02 --budget 28" in calls
+    assert "benchmarks profile --batch 8" in calls
+    assert "--mode training --batch 2,8,32 --path released,concatenated,fused --execution eager" in calls
+    limits = [int(line.split()[-2]) for line in done.stdout.splitlines() if line.startswith("== ")]
+    assert len(limits) == 13
+    assert sum(limits[:-1]) <= 540, "the last has what the others left"
+
+
+def test_gpu_sh_gives_every_step_its_share_of_a_larger_budget(fake_python, tmp_path):
+    done = gpu(fake_python, "--dry", "--out", tmp_path / "out", "--budget", 5400)
+    assert "== roofline, bfloat16, at most 120 s" in done.stdout
 
 
 def test_gpu_sh_lists_what_is_missing_and_goes_on_without(fake_python, tmp_path):
@@ -200,6 +273,13 @@ def test_gpu_sh_lists_what_is_missing_and_goes_on_without(fake_python, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "missing: xformers (no xformers attention)" in done.stdout
     assert "-m pytest" not in (tmp_path / "calls").read_text()
+
+
+def test_gpu_sh_runs_the_tests_one_after_another_without_xdist(fake_python, tmp_path):
+    done = gpu(fake_python, "--out", tmp_path / "out", CARD=1, LACKS="xdist")
+    assert done.returncode == 0, done.stderr
+    assert "worksteal" not in (tmp_path / "calls").read_text()
+    assert "-k not buil tests/test_kernel_adapter.py" in (tmp_path / "calls").read_text()
 
 
 def test_gpu_sh_needs_torch(fake_python, tmp_path):
@@ -213,7 +293,7 @@ def test_gpu_sh_keeps_its_budget_and_lists_what_it_skipped(fake_python, tmp_path
     steps = (tmp_path / "out" / "steps.txt").read_text()
     assert done.returncode == 0, done.stderr
     assert steps.count("done") == 2
-    assert steps.count("skipped") == 6
+    assert steps.count("skipped") == 8
 
 
 def test_gpu_sh_goes_on_after_a_part_that_failed_and_says_so(fake_python, tmp_path):
@@ -221,7 +301,7 @@ def test_gpu_sh_goes_on_after_a_part_that_failed_and_says_so(fake_python, tmp_pa
     steps = (tmp_path / "out" / "steps.txt").read_text()
     assert done.returncode == 1
     assert "exit 3    inference" in steps
-    assert steps.count("done") == 7
+    assert steps.count("done") == 9
 
 
 def test_gpu_sh_refuses_what_it_does_not_know(fake_python):

@@ -207,7 +207,7 @@ def test_bad_usage(run, options, trained, dataset, tmp_path):
         ((*train, "--config", tmp_path / "list.json"), ("list.json", "expected a JSON object")),
         ((*train, "--epochs", 0), ("epochs", "from 1", "got 0")),
         ((*train, "--lr", "nan"), ("lr", "positive", "nan")),
-        ((*train, "--amp", "fp8"), ("--amp", "bf16")),
+        ((*train, "--amp", "fp8"), ("--amp", "bf16", "fp16")),
         ((*train, "--backbone", "no/file.pt", "--preset", "ave-vit-tiny"), ("no/file.pt", "got none")),
         (("train", "avs", "--data", dataset, "--out", tmp_path), ("task", "avs")),
         (("evaluate", "ave", "--data", dataset, *options, "--batch-size", 0), ("batch_size", "got 0")),
@@ -345,7 +345,7 @@ def test_evaluate_leaves_a_bad_file_out_and_says_so(run, options, tmp_path):
 
 
 def test_every_training_option_arrives(run, train_options, monkeypatch):
-    wanted = TrainConfig(3, 4, 0.1, 0.2, 5, 0.6, 7, 8, "bf16", 9, 10, 11, "stop")
+    wanted = TrainConfig(3, 4, 0.1, 0.2, 5, 0.6, 7, 8, "fp16", 9, 10, 11, "stop", True)
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     assert all(getattr(wanted, name) != getattr(TrainConfig(), name) for name in names)
     defaults = {name: inspect.signature(cli.train).parameters[name].default for name in names}
@@ -358,8 +358,9 @@ def test_every_training_option_arrives(run, train_options, monkeypatch):
         return training.Fit(0.5, 1, 2, 3, ("a line",))
 
     monkeypatch.setattr(training, "fit", fake)
-    flags = [arg for name in names for arg in (f"--{name.replace('_', '-')}", getattr(wanted, name))]
-    result = run(*train_options, *flags, "--resume")
+    valued = [name for name in names if name != "checkpointing"]
+    flags = [arg for name in valued for arg in (f"--{name.replace('_', '-')}", getattr(wanted, name))]
+    result = run(*train_options, *flags, "--checkpointing", "--resume")
     assert result.code == 0, result.err
     assert calls == [(2, 2, wanted, train_options[5], True)]
     assert "1 files could not be read" in result.out

@@ -1,12 +1,14 @@
 """Both streams in one batch, in training: the model's losses, gradients, buffers and steps."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from kernel_parity import DEVICE, DTYPES
-from lavish_fast import Model, explain, ops, optimize
+from lavish_fast import Model, TrainingStep, explain, ops, optimize
 from lavish_fast.concatenated import Concatenated
 from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
 from lavish_fast.tasks import ave
@@ -256,3 +258,143 @@ def test_a_step_through_the_kernels(dtype, mode):
         error, own = (relative_error(found[path][what], expected) for path in ("fused", "reference"))
         assert error <= 2 * own + 4 * eps, what
         assert error <= (1e-5 if dtype == torch.float32 else 2e-2), what
+
+
+DROPPING = SwinV2Config(
+    img_size=32, embed_dim=16, depths=(2,), num_heads=(1,), window_size=4, pretrained_window_sizes=(0,),
+    drop_path_rate=0.5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"backbone": VIT}, {"modality": "audio"}, {"backbone": DROPPING}])
+def test_checkpointing_keeps_gradients_and_buffers(changes, dtype):
+    model, saved, found = make(**changes), [], []
+    for checkpointing in (False, True):
+        own = copy.deepcopy(model)
+        fast = optimize(own, training=True, dtype=dtype, compile=False, checkpointing=checkpointing)
+        for step in (0, 1):
+            torch.manual_seed(step)
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, to=kept: to.append(x.numel()) or x, lambda x: x):
+                loss = ave.loss(fast(*given(model, seed=step)), labels())
+            loss.backward()
+        saved.append(sum(kept))
+        found.append(({n: p.grad for n, p in own.trainable_parameters()}, own.trainable_state_dict()))
+        fast.eval()
+        with torch.no_grad():
+            fast(*given(model))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert all(t == 2 for name, t in found[1][1].items() if name.endswith("num_batches_tracked"))
+    assert saved[1] < 0.2 * saved[0]
+
+
+def test_compiled_checkpointing(monkeypatch):
+    def compile(function, **options):
+        return torch._dynamo.optimize("aot_eager", dynamic=options["dynamic"])(function)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    torch.compiler.reset()
+    model = make(backbone=replace(DROPPING, depths=(1,), drop_path_rate=0.0))
+    other = copy.deepcopy(model)
+    fast = optimize(other, training=True, checkpointing=True)
+    for module in (model, fast):
+        ave.loss(module(*given(model)), labels()).backward()
+    for (name, p), (_, q) in zip(model.trainable_parameters(), other.trainable_parameters(), strict=True):
+        assert relative_error(q.grad, p.grad) <= 1e-3 or (q.grad - p.grad).abs().max() <= 1e-7, name
+    for name, buffer in model.trainable_state_dict().items():
+        torch.testing.assert_close(other.trainable_state_dict()[name], buffer, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_checkpointing_is_for_training():
+    with pytest.raises(ValueError, match="checkpointing: expected training=True, got a model for inference"):
+        optimize(make(), checkpointing=True)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_four_micro_batches_are_one_batch(scaled):
+    model = make(adapter=AdapterConfig(reduction=4, batch_norm=False))
+    other, (audio, video) = copy.deepcopy(model), given(model, 8)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    for own, parts in ((model, 1), (other, 4)):
+        fast = optimize(own, training=True, compile=False)
+        optimizer = torch.optim.Adam([p for p in fast.parameters() if p.requires_grad])
+        for part in zip(*(x.chunk(parts) for x in (audio, video, labels(8)))):
+            scaler.scale(ave.loss(fast(*part[:2]), part[2]) / parts).backward()
+        scaler.unscale_(optimizer)
+    whole, summed = (torch.cat([p.grad.flatten() for _, p in own.trainable_parameters()]) for own in (model, other))
+    assert relative_error(summed, whole) <= 1e-5
+
+
+@pytest.mark.parametrize("place", ["p1", "p2"])
+def test_nothing_is_saved_for_frozen_weights_alone(place):
+    # A place without adapters: what its linear layers read is needed for nobody's gradient.
+    fast = optimize(make(adapter=AdapterConfig(reduction=4, **{place: False})), training=True, compile=False)
+    block, inputs, saved = fast.network.blocks[1], {}, set()
+    for name in ("qkv", "proj", "fc1", "fc2"):
+        linear = getattr(block, name)
+        linear.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+    x = torch.randn(4, 64, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.add(t.untyped_storage().data_ptr()) or t, lambda t: t
+    ):
+        out = block(2 * x)
+    kept = {name for name, t in inputs.items() if t.untyped_storage().data_ptr() in saved}
+    # Where there are adapters, they read the stream too.
+    assert kept == {{"p1": "fc1", "p2": "qkv"}[place]}
+    out.sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert not any(t.requires_grad for t in block.buffers())
+
+
+def test_synchronised_batch_norm_takes_the_reference_path():
+    model = make()
+    other = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    reason = "expected BatchNorm1d with momentum and running statistics, got another BatchNorm"
+    with pytest.raises(ValueError, match=f"adapter: .*{reason}"):
+        optimize(other, training=True, path="fused")
+    for own in (model, other):
+        ave.loss(optimize(own, training=True, compile=False)(*given(model)), labels()).backward()
+    for (name, p), (_, q) in zip(model.trainable_parameters(), other.trainable_parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    torch.testing.assert_close(other.trainable_state_dict(), model.trainable_state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_synchronised_batch_norm_on_a_gpu():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(make()).cuda()
+    with pytest.raises(ValueError, match="cuda_graphs: expected BatchNorm of one process, got SyncBatchNorm"):
+        optimize(model, training=True, cuda_graphs=True)
+    fast = optimize(model, training=True, compile=False)
+    rows = [row for row in explain(fast) if row["op"] == "adapter"]
+    assert {row["path"] for row in rows} == {"reference"}
+    assert all("got another BatchNorm" in row["why"] for row in rows)
+    ave.loss(fast(*(x.cuda() for x in given(model))), labels().cuda()).backward()
+    assert all(p.grad.isfinite().all() for _, p in model.trainable_parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("form", ["module", "step"])
+def test_checkpointing_under_graphs(form):
+    model, found = make().cuda(), []
+    audio, video, target = (x.cuda() for x in (*given(model), labels()))
+    for options in ({"checkpointing": False, "cuda_graphs": False}, {"checkpointing": True}):
+        own = copy.deepcopy(model)
+        fast = optimize(own, training=True, compile=False, **options)
+        parameters = [p for p in fast.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=1e-3, eps=1e-3, fused=True)
+        step = TrainingStep(fast, ave.loss, optimizer, cuda_graphs=options.get("cuda_graphs"))
+        for _ in range(5):
+            if form == "step":
+                step.accumulate(audio, video, target)
+                step.finish()
+            else:
+                optimizer.zero_grad()
+                ave.loss(fast(audio, video), target).backward()
+                optimizer.step()
+        found.append({name: t.clone() for name, t in own.trainable_state_dict().items()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cuda_graphs: expected no drop path where blocks run again, got one"):
+        optimize(make(backbone=DROPPING).cuda(), training=True, checkpointing=True, cuda_graphs=True)

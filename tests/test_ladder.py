@@ -1,10 +1,14 @@
+import math
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import ladder, results
-from benchmarks.ladder import RUNGS, climb, draw, figure
+from benchmarks import cases, ladder, results
+from benchmarks.ladder import climb, draw, figure
+from benchmarks.measure import EXECUTIONS, PRECISIONS
+
+RUNGS = ladder.RUNGS["inference"]
 
 
 def row(key, **changes):
@@ -43,7 +47,7 @@ def processes(monkeypatch):
             raise outcome
         if isinstance(outcome, subprocess.CompletedProcess):
             return outcome
-        key = {"case": "ave", "mode": "inference", "preset": option(command, "--preset"), "setting": {}}
+        key = {"case": "ave", "mode": option(command, "--mode"), "preset": option(command, "--preset"), "setting": {}}
         key |= {"batch": int(option(command, "--batch")), **dict(zip(("path", "execution", "dtype"), how))}
         with open(option(command, "--out"), "x"):  # a file of its own, that nobody wrote before
             pass
@@ -56,8 +60,8 @@ def processes(monkeypatch):
     return commands, outcomes
 
 
-def climbed(execution="blocks", timeout=60.0):
-    return list(climb("cpu", "small", 4, execution, 1.5, timeout))
+def climbed(execution="blocks", mode="inference", **limits):
+    return list(climb("cpu", mode, "small", 4, execution, 1.5, **({"timeout": 60.0} | limits)))
 
 
 def test_one_fresh_process_a_rung(processes):
@@ -92,6 +96,35 @@ def test_one_fresh_process_a_rung(processes):
     assert len({option(command, "--out") for command, *_ in commands}) == len(RUNGS)
     assert not any(results.Path(option(command, "--out")).exists() for command, *_ in commands)
     assert {r["status"] for r in rows} == {"ok"}
+
+
+def test_the_ladder_of_training(processes):
+    commands, _ = processes
+    rows = climbed(mode="training")
+    assert {option(command, "--mode") for command, *_ in commands} == {row["mode"] for row in rows} == {"training"}
+    ways = [tuple(option(command, n) for n in ("--path", "--execution", "--dtype")) for command, *_ in commands]
+    assert ways == [
+        ("released", "eager", "float32"),
+        ("released", "eager", "bfloat16-autocast"),
+        ("released-bmm", "blocks", "bfloat16-autocast"),
+        ("concatenated", "blocks", "bfloat16"),
+        ("fused", "blocks", "bfloat16"),
+        ("optimized", "own", "bfloat16"),
+        ("optimized", "step", "bfloat16"),
+    ]
+    del commands[:]
+    rows = climbed("eager", mode="training")
+    assert [option(command, "--path") for command, *_ in commands] == ["released", "released", "concatenated", "fused"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "skipped", "ok", "ok", "skipped", "skipped"]
+
+
+@pytest.mark.parametrize("mode", ladder.RUNGS)
+def test_every_rung_can_be_asked_for(mode):
+    paths = cases.CASES["ave"].paths if mode == "inference" else cases._TRAINS
+    for rung in ladder.RUNGS[mode]:
+        assert rung.path in paths
+        assert rung.dtype in PRECISIONS
+        assert rung.execution is None or rung.execution in EXECUTIONS
 
 
 def test_an_eager_ladder_compiles_nothing(processes):
@@ -133,8 +166,18 @@ def test_whatever_becomes_of_a_rung_is_a_row(processes):
 
 def test_without_a_timeout(processes):
     commands, _ = processes
-    climbed(timeout=None)
+    climbed(timeout=math.inf)
     assert {timeout for *_, timeout in commands} == {None}
+
+
+def test_a_budget_for_all_rungs(processes, monkeypatch):
+    commands, _ = processes
+    clock = iter([100.0, 100.0, 150.0, 170.0, *[180.0] * 6])
+    monkeypatch.setattr(ladder.time, "monotonic", lambda: next(clock))
+    rows = climbed(budget=80.0)
+    assert [timeout for *_, timeout in commands] == [60.0, 30.0, 10.0]
+    assert [row["status"] for row in rows] == ["ok"] * 3 + ["skipped"] * 6
+    assert {row["reason"] for row in rows[3:]} == {"the time budget was spent"}
 
 
 # The picture
@@ -145,7 +188,14 @@ def rungs():
     reasons = iter([("failed", "exit code -9: Killed"), ("skipped", "xformers' attention takes CUDA tensors, " * 3)])
     found = []
     for rung, speed in zip(RUNGS, speeds):
-        key = {"preset": "small", "batch": 2, "path": rung.path, "execution": "eager", "dtype": rung.dtype}
+        key = {
+            "mode": "inference",
+            "preset": "small",
+            "batch": 2,
+            "path": rung.path,
+            "execution": "eager",
+            "dtype": rung.dtype,
+        }
         if speed is None:
             status, reason = next(reasons)
             found.append((rung, key | {"device": "a CPU", "status": status, "reason": reason}))

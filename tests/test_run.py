@@ -338,8 +338,8 @@ def test_selection():
     # Ops at one size, the largest.
     ops = Selection("cpu", "small", [1, 4], cases=["gather_latents"])
     assert {group["batch"] for group in ops.groups()} == {4}
-    assert {group["mode"] for group in ops.groups()} == {"inference"}
-    assert len(ops.groups()) == len(CASES["gather_latents"].settings(PRESETS["small"]))
+    assert {group["mode"] for group in ops.groups()} == {"inference", "training"}
+    assert len(ops.groups()) == 2 * len(CASES["gather_latents"].settings(PRESETS["small"]))
 
 
 def test_a_selection_is_what_is_measured(case):
@@ -388,6 +388,33 @@ def test_strict_paths_are_judged_by_the_reference(case):
     assert (rows["folded"]["status"], rows["loose"]["status"]) == ("wrong", "ok")
     assert rows["loose"]["error"] == pytest.approx(1e-3, rel=0.01)
     assert rows["loose"]["error_budget"] == PRECISIONS["float32"].gradient_cap
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_an_op_begins_its_backward_with_a_drawn_gradient(monkeypatch, case, batch):
+    """A function of inputs that a batch repeats and of one that its clips share; each has a gradient to be checked."""
+
+    def by(x_gradient=1.0, w_gradient=1.0):
+        def call(x, w):
+            x, w = (t * f + t.detach() * (1 - f) for t, f in ((x, x_gradient), (w, w_gradient)))
+            return (x @ w).tanh()
+
+        return lambda truth: call
+
+    def problem(preset, setting, clips):
+        paths = {"reference": by(), "right": by(), "x": by(1.01), "w": by(1, 1.01), "none": by(0, 1)}
+        inputs = _draw(clips * 4, 6, seed=1), _draw(6, 3, seed=2)
+        return Problem(by()(None), inputs, paths, batched=(True, False), differentiated=(0, 1))
+
+    monkeypatch.setitem(CASES, "op", Case("", lambda _: [{}], problem, ("inference", "training")))
+    rows = by_path(rows_of(cases=["op"], modes=["training"], batches=[batch]))
+    for path, status in {"reference": "ok", "right": "ok", "x": "ok", "w": "ok", "none": "wrong"}.items():
+        assert rows[path]["status"] == status, path
+    # The caps alone hold these, which are not our own; each shows its gradient's error.
+    assert rows["x"]["error"] == pytest.approx(0.01, rel=0.01)
+    assert rows["w"]["error"] == pytest.approx(0.01, rel=0.01)
+    assert rows["reference"]["error"] < 1e-6
+    assert all(row["status"] == "ok" for row in rows_of(cases=["op"], batches=[batch]))
 
 
 @pytest.mark.parametrize("repeats", [1, 3])

@@ -16,11 +16,13 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from lavish_fast import Model, checkpoint, training
+from lavish_fast import Model, checkpoint, optimize, runtime, training
 from lavish_fast.config import AdapterConfig, TrainConfig
 from lavish_fast.tasks import ave
 from parity import tiny_config
+from recorded import record_on_cpu
 
+CPU = torch.device("cpu")
 fit, evaluate = (partial(function, device="cpu") for function in (training.fit, training.evaluate))
 
 SECONDS = 3
@@ -351,20 +353,25 @@ def ddp_worker(folder):
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 
 
-@pytest.mark.filterwarnings("ignore:skipped bad.mp4")
-def test_two_processes_equal_one(tmp_path):
+def run_ranks(worker, folder):
+    """What two processes of one group leave in the folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    call = f"test_training.ddp_worker({str(tmp_path)!r})"
+    call = f"test_training.{worker}({str(folder)!r})"
     processes = [run_python(call, **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]
     try:
         assert [process.wait(timeout=300) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:skipped bad.mp4")
+def test_two_processes_equal_one(tmp_path):
+    ranks = run_ranks("ddp_worker", tmp_path)
     for name, (clips, batch_norm, options) in DDP_RUNS.items():
         a, b = (rank[name] for rank in ranks)
         assert a["accuracy"] == b["accuracy"]
@@ -386,6 +393,47 @@ def test_two_processes_equal_one(tmp_path):
             del got["clips_per_second"], row["clips_per_second"]
             assert got == pytest.approx(row, rel=1e-6) if "loss" in row else got.keys() == row.keys()
         assert log[-1]["train_loss"] == pytest.approx(expected[-1]["train_loss"], rel=1e-6)
+
+
+def ddp_module_worker(folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank, results = int(os.environ["RANK"]), {}
+    for name, batch_norm, clips in (
+        ("without", False, (2, 2)),
+        ("evaluation", True, (2, 2)),
+        ("uneven", False, (3, 1)),
+    ):
+        model = make_model(batch_norm=batch_norm)
+        fast = optimize(model, training=True, compile=False, cuda_graphs=False).train(not batch_norm)
+        first = sum(clips[:rank])
+        batch = ave.collate(make_clips(4)[first : first + clips[rank]])
+        if name == "uneven":  # DistributedDataParallel takes the mean over ranks, a step that over segments
+            optimizer = torch.optim.Adam([p for p in fast.parameters() if p.requires_grad], lr=1e-12, fused=True)
+            step = runtime.TrainingStep(fast, ave.loss, optimizer)
+            step.accumulate(batch.audio, batch.video, batch.labels)
+            results["outcome"] = torch.stack(step.finish())
+        else:
+            parallel = torch.nn.parallel.DistributedDataParallel(fast)
+            assert len(parallel.modules_buffers) == sum("running" in n or "num_batches" in n for n in fast.state_dict())
+            ave.loss(parallel(batch.audio, batch.video), batch.labels).backward()
+        results[name] = gradients(model)
+    torch.distributed.destroy_process_group()
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+
+
+def test_the_fast_form_under_distributed_data_parallel(tmp_path):
+    ranks = run_ranks("ddp_module_worker", tmp_path)
+    batch = ave.collate(make_clips(4))
+    for name, batch_norm in (("without", False), ("evaluation", True), ("uneven", False)):
+        model = make_model(batch_norm=batch_norm)
+        fast = optimize(model, training=True, compile=False).train(not batch_norm)
+        loss = ave.loss(fast(batch.audio, batch.video), batch.labels)
+        loss.backward()
+        for rank in ranks:
+            assert relative_error(rank[name], gradients(model)) <= 1e-6
+    expected = [loss.item(), 4 * SECONDS, 4, 0, 0]
+    assert all(rank["outcome"].tolist() == pytest.approx(expected, rel=1e-6) for rank in ranks)
 
 
 def test_unreadable_clips_are_reported_and_skipped(tmp_path):
@@ -479,9 +527,11 @@ def test_training_stops_without_improvement(tmp_path):
     assert (done.epochs, done.best_epoch) == (4, 1)
 
 
-def test_bfloat16(tmp_path):
+@pytest.mark.parametrize("narrow", ["bf16", "fp16"])
+def test_narrow_types(tmp_path, monkeypatch, narrow):
+    monkeypatch.setattr(runtime, "LOSS_SCALE", 2.0**8)  # without an overflow
     data, curves = make_clips(4), []
-    for amp in (None, "bf16"):
+    for amp in (None, narrow):
         model = make_model()
         fit(model, data, data, settings(epochs=4, amp=amp), tmp_path / str(amp))
         curves.append([row["train_loss"] for row in rows(tmp_path / str(amp)) if "train_loss" in row])
@@ -489,9 +539,79 @@ def test_bfloat16(tmp_path):
     assert curves[1] != curves[0]
     assert curves[1][-1] < 0.5 * curves[1][0]
     assert all(p.dtype == torch.float32 for _, p in model.trainable_parameters())
-    exact, rounded = evaluate(model, data), evaluate(model, data, amp="bf16")
+    exact, rounded = evaluate(model, data), evaluate(model, data, amp=narrow)
     pairs = [(exact.predictions[name], rounded.predictions[name]) for name in exact.predictions]
     assert all(torch.allclose(a, b, atol=0.05) and not torch.equal(a, b) for a, b in pairs)
+
+
+def test_overflows_are_counted_and_the_scale_comes_back(tmp_path, monkeypatch):
+    # 2^30 is too much for float16's gradients: some steps go by until it is halved often enough.
+    monkeypatch.setattr(runtime, "LOSS_SCALE", 2.0**30)
+    data, config = make_clips(4), settings(epochs=6, batch_size=1, amp="fp16", patience=6)
+    model, again = make_model(), make_model(seed=7)
+    fit(model, data, data, config, tmp_path / "whole")
+    state = checkpoint.read_tensors(tmp_path / "whole" / "last" / "state.safetensors")
+    count = rows(tmp_path / "whole")[-1]["overflows"]
+    assert 2 < count < 24
+    assert (state["scaler.scale"], state["scaler.growth"]) == (2.0 ** (30 - count), 24 - count)
+    assert not rows(tmp_path / "whole")[-1]["skipped"]
+
+    fit(make_model(), data, data, replace(config, epochs=2), tmp_path / "parts")
+    monkeypatch.setattr(runtime, "LOSS_SCALE", 1.0)
+    fit(again, data, data, config, tmp_path / "parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+    path = tmp_path / "parts" / "last" / "state.safetensors"
+    tensors, metadata = load_file(path), checkpoint.read_metadata(path)
+    save_file({name: t for name, t in tensors.items() if not name.startswith("scaler.")}, path, metadata)
+    with pytest.raises(ValueError, match=r"state\.safetensors: loss scale: expected \['growth', 'scale'\], got \[\]"):
+        fit(again, data, data, replace(config, epochs=7), tmp_path / "parts", resume=True)
+
+
+def test_gradients_that_are_not_finite_without_a_scale(tmp_path, monkeypatch):
+    data, model, steps = make_clips(2), make_model(), training._Steps(2, settings(), 0, 1)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    monkeypatch.setattr(ave, "loss", lambda p, labels: 1e38 * p.log().square().mean())
+    with pytest.warns(UserWarning, match="skipped step 1: expected finite gradients, got NaN or infinity"):
+        training._Run(model, settings(), steps, tmp_path, CPU).step([ave.collate(data)])
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    with pytest.raises(FloatingPointError, match=r"^expected finite gradients, got NaN or infinity$"):
+        training._Run(model, settings(on_nan="stop"), steps, tmp_path, CPU).step([ave.collate(data)])
+
+
+@pytest.mark.filterwarnings("ignore:skipped step")
+def test_recorded_and_checkpointed_runs_are_the_same(tmp_path, monkeypatch):
+    data, config = make_clips(7), settings(epochs=3, batch_size=2, accumulate=2)
+    data[2]["video"] = torch.full_like(data[2]["video"], float("nan"))
+    val, models = make_clips(2, seed=1), [make_model() for _ in range(3)]
+    fit(models[0], data, val, config, tmp_path / "plain")
+    fit(models[1], data, val, replace(config, checkpointing=True), tmp_path / "checkpointed")
+    recordings = record_on_cpu(monkeypatch)
+    # F.one_hot reads its argument on the host, but for a GPU's.
+    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda x, count: x[:, None] == torch.arange(count))
+    fit(models[2], data, val, config, tmp_path / "recorded")
+    assert len(recordings) == 2
+    for other, name in zip(models[1:], ("checkpointed", "recorded")):
+        assert losses(tmp_path / name) == losses(tmp_path / "plain")
+        assert all(torch.equal(t, other.state_dict()[key]) for key, t in models[0].state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("amp", "compiled"), [("bf16", True), ("fp16", False)])
+def test_steps_of_a_gpu_are_captured(tmp_path, monkeypatch, amp, compiled):
+    data, graphs = make_clips(5), []
+    if not compiled:
+        monkeypatch.setattr(runtime, "_compile", lambda parts: None)
+    data[1]["video"] = torch.full_like(data[1]["video"], float("nan"))
+    record = runtime._record
+    monkeypatch.setattr(runtime, "_record", lambda *given: graphs.append(record(*given)) or graphs[-1])
+    with pytest.warns(UserWarning, match="clip0_1: expected finite probabilities"):
+        done = training.fit(make_model(), data, data[2:], settings(epochs=6, batch_size=1, amp=amp), tmp_path)
+    assert len(graphs) == 2
+    assert done.steps == 30
+    curve = [row["train_loss"] for row in rows(tmp_path) if "train_loss" in row]
+    assert curve[-1] < 0.7 * curve[0]
 
 
 @pytest.mark.gpu
@@ -553,7 +673,8 @@ def test_a_bar_of_the_callers_is_used(tmp_path, capsys):
         ("lr_gamma", -1),
         ("accumulate", True),
         ("patience", 0),
-        ("amp", "fp16"),
+        ("amp", "fp8"),
+        ("checkpointing", 1),
         ("seed", -1),
         ("seed", 2**32),
         ("workers", None),
