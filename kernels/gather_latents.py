@@ -12,6 +12,7 @@ covers N, it finishes S. Otherwise each writes its product, its largest logits a
 kernel merges them. Where N is split depends on the shape of one image and never on n: the same bits in any batch.
 
 float32: logits, softmax, products, sums, and S until its one rounding. The weights are rounded to Y's type in between.
+Tensors of float32 are summed in two levels, over a block of channels or a tile of tokens and then over those.
 
 Least work: n N C elements read once, 4 m n N C operations. In 16 bits, with 144 tokens padded to 192 and m to 16, that
 is 43 operations a byte, a fifth of what tensor cores do in a byte's time: bandwidth decides, first HBM's, then L2's.
@@ -82,7 +83,7 @@ def _weigh(latents_ptrs, mask_m, other_ptr, stride_y_t, start, N, C: tl.constexp
         added = ()
         for i in tl.static_range(len(TILES)):
             y = tl.load(other_ptrs[i] + c, mask=masks[i] & mask_c[None, :], other=0.0)
-            added += (tl.dot(y, latents, logits[i], input_precision="ieee"),)
+            added += (backward.accumulate(y, latents, logits[i], masks[i]),)
         logits = added
 
     high = tl.full([M], float("-inf"), tl.float32)
@@ -99,12 +100,12 @@ def _weigh(latents_ptrs, mask_m, other_ptr, stride_y_t, start, N, C: tl.constexp
 
 
 @triton.jit
-def _product(weights, other_ptrs, masks, c, mask_c):
+def _product(weights, other_ptrs, masks, c, mask_c, mask_m):
     """The channels from c on of Yᵀ times the weights, (BLOCK_C, M)."""
     product = tl.zeros([mask_c.shape[0], weights[0].shape[1]], tl.float32)
     for i in tl.static_range(len(weights)):
         y = tl.load(tl.trans(other_ptrs[i]) + c, mask=mask_c & tl.trans(masks[i]), other=0.0)
-        product = tl.dot(y, weights[i], product, input_precision="ieee")
+        product = backward.accumulate(y, weights[i], product, mask_c & mask_m)
     return product
 
 
@@ -132,7 +133,7 @@ def _gather_latents_fwd(
         c = last - back
         mask_c = c + offs_c < C
         latents = tl.load(latents_ptrs + c, mask=mask_c & mask_m, other=0.0)
-        product = _product(weights, other_ptrs, masks, c, mask_c)
+        product = _product(weights, other_ptrs, masks, c, mask_c, mask_m)
         tl.store(s_ptrs + c, latents + product / total[None, :], mask=mask_c & mask_m)
 
 
@@ -165,7 +166,7 @@ def _gather_latents_split(
     for back in range(0, C, BLOCK_C):
         c = last - back
         mask_c = c + offs_c < C
-        product = _product(weights, other_ptrs, masks, c, mask_c)
+        product = _product(weights, other_ptrs, masks, c, mask_c, mask_m)
         tl.store(products_ptr + rows * C + c + offs_c, product, mask=mask_c & mask_m)
 
 
@@ -207,14 +208,16 @@ def _gather_latents_combine(
         tl.store(s_ptr + (place * m + row) * C + c + offs_c, latents + gathered, mask=mask_c)
 
 
-def _tiles(N: int, most: int) -> tuple[int, ...]:
-    """The tiles of a block: powers of two from 64 on, largest first, for an even share of N of `most` tokens or fewer.
+def _tiles(N: int, most: int, largest: int) -> tuple[int, ...]:
+    """The tiles of a block, for an even share of N of `most` tokens or fewer.
 
-    None is below 64, where tensor cores take another instruction: Triton 3.6 gives the latents that both instructions
-    would read in one loop a buffer too few.
+    They are powers of two from 64 to `largest`, the larger first, and as few as can be. None is below 64, where tensor
+    cores take another instruction: Triton 3.6 gives the latents that both would read in one loop a buffer too few.
     """
     block = 64 * triton.cdiv(triton.cdiv(N, triton.cdiv(N, most)), 64)
-    return tuple(1 << bit for bit in reversed(range(block.bit_length())) if block >> bit & 1)
+    rest = block % largest
+    below = tuple(1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1)
+    return (largest,) * (block // largest) + below
 
 
 def _tiling(m: int, N: int, C: int, dtype: torch.dtype, architecture: int, trained: bool) -> tuple[dict, dict]:
@@ -226,13 +229,18 @@ def _tiling(m: int, N: int, C: int, dtype: torch.dtype, architecture: int, train
     # Tensor cores take 16 latents at once, which the forward's products of float32 have no use for.
     M = max(1 if dtype == torch.float32 and not trained else 16, triton.next_power_of_2(m))
     most = constants.pop("most_tokens")
-    if trained:
-        # Or logits and dP, of 4 M bytes a token each, do not fit into registers.
+    if trained or dtype == torch.float32:
+        # Or logits and dP, of 4 M bytes a token each, do not fit into registers, nor do logits beside a product.
         most = min(most, 16384 // dtype.itemsize // M)
-    tiles = _tiles(N, most)
+    # In float32 a tile is a sum of its own.
+    tiles = _tiles(N, most, 64 if dtype == torch.float32 else 256)
     widest = constants.pop("chunk") // (sum(tiles) + M)
-    block_c = min(256, triton.next_power_of_2(C), 1 << widest.bit_length() - 1)
-    constants["num_warps"] *= 2 if M > 16 else 1
+    # Two blocks of channels at least: on sm_90 with Triton 3.6, loops of one trip gave wrong results.
+    block_c = min(256, 1 << (C - 1).bit_length() - 1, 1 << widest.bit_length() - 1)
+    if dtype == torch.float32:
+        # Sums in two levels err the least with as many terms in either. A product takes 16 at least.
+        block_c = min(block_c, 16 if C < 512 else 32)
+    constants["num_warps"] *= 2 if M * dtype.itemsize > 32 else 1
     return {"C": C, "M": M, "TILES": tiles, "BLOCK_C": block_c}, constants
 
 
@@ -407,11 +415,13 @@ def reasons(latents: Sequence[Tensor], others: Sequence[Tensor]) -> list[str]:
 
 
 def builds(architecture: int) -> Iterator[tuple[str, list[Launch]]]:
-    """Every stage of the paper's preset and a ViT's block; the other types; the most latents, tokens and channels."""
+    """Every stage of the paper's preset and a ViT's block; the other types; the most and the fewest of everything."""
     stages = [(2304, 192), (576, 384), (144, 768), (36, 1536)]
     cases = [(torch.bfloat16, 2, *stage) for stage in stages]
     cases += [(torch.float16, 16, 197, 768), (torch.bfloat16, 64, 144, 768), (torch.bfloat16, 64, 4096, 2048)]
-    cases += [(torch.float32, 2, 144, 768), (torch.float32, 64, 4096, 2048)]
+    cases += [(torch.bfloat16, 2, 36, 96), (torch.float16, 16, 97, 96), (torch.bfloat16, 2, 36, 48)]
+    cases += [(torch.float32, 2, 144, 768), (torch.float32, 64, 4096, 2048), (torch.float32, 64, 2304, 192)]
+    cases += [(torch.float32, 2, 36, 96), (torch.float32, 16, 577, 384), (torch.float32, 2, 300, 48)]
     for dtype, m, N, C in cases:
         latents = torch.empty(m, C, dtype=dtype, device="meta")
         other = torch.empty(20, N, C, dtype=dtype, device="meta")

@@ -1,5 +1,12 @@
 """kernels/gather_latents.py: S = L + softmax(L Yᵀ) Y against the reference in float64, and what else must hold."""
 
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from lavish_fast.kernels import gather_latents as kernels
@@ -60,9 +67,10 @@ def test_parity_of_wide_streams(m, N, C, dtype):
     assert_parity(*inputs(m, N, C, n=max(1, 4 // m), dtype=dtype, seed=2))
 
 
-@pytest.mark.parametrize("C", [48, 50, 101, 2048])
-def test_parity_of_other_widths(C):
-    assert_parity(*inputs(2, 37, C, n=4, seed=3))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [48, 50, 64, 101, 2048])
+def test_parity_of_other_widths(C, dtype):
+    assert_parity(*inputs(2, 37, C, n=4, dtype=dtype, seed=3))
 
 
 @pytest.mark.parametrize("seed", [4, 5, 6])
@@ -228,6 +236,9 @@ def test_more_than_two_to_the_31_elements():
     assert other.numel() > 2**31
     parts = [gather_latents(latents, [part]) for part in other.split(700)]
     assert torch.equal(gather_latents(latents, [other]), torch.cat(parts, 1))
+    del other, parts
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.gpu
@@ -247,14 +258,31 @@ def test_a_graph_replays_on_new_inputs(N, C):
 
 
 def test_blocks_cover_the_tokens_evenly():
-    for most in (192, 256):
+    for most, largest in ((192, 64), (256, 256)):
         for N in range(1, 4097):
-            tiles = kernels._tiles(N, most)
+            tiles = kernels._tiles(N, most, largest)
             blocks = -(-N // sum(tiles))
             assert sum(tiles) <= most
             assert (blocks - 1) * sum(tiles) < N <= blocks * sum(tiles)
-            assert list(tiles) == sorted(set(tiles), reverse=True)
+            assert list(tiles) == sorted(tiles, reverse=True)
+            assert largest >= tiles[0]
             assert min(tiles) >= 64
+            assert all(tiles.count(tile) == 1 for tile in tiles if tile < largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_channels_take_two_trips_or_more(dtype):
+    for C in (48, 64, 65, 96, 128, 192, 1536, 2048):
+        for m in (1, 16, 64):
+            for N in (1, 97, 300):
+                for trained in (False, True):
+                    assert kernels._tiling(m, N, C, dtype, 90, trained)[0]["BLOCK_C"] < C
+                (latents, _), (other, _) = inputs(m, 1, C, n=1, dtype=dtype)
+                saved = [torch.empty(1, 1, m, *more, device=DEVICE) for more in ((), (), (C,))]
+                given = kernels._directions([latents], [other.expand(-1, N, -1)])
+                tiling, _ = kernels._tiling(m, N, C, dtype, 90, True)
+                launch, _ = kernels.backward.launch(given, latents[None, None], saved, None, True, tiling, 90)
+                assert launch.constants["BLOCK_D"] < C
 
 
 def test_every_reason_is_named():
@@ -315,6 +343,35 @@ def test_compiles_without_a_break_for_any_batch(backend):
         latents, others = inputs(2, 36, 96, n=n)
         assert torch.equal(compiled(latents, others), gather_latents(latents, others) * 2)
     assert counter.frame_count <= 3
+
+
+_ACCUMULATORS = """
+import json, re, triton
+from build_kernels import Card
+from lavish_fast.kernels import gather_latents
+
+triton.runtime.driver.set_active(Card(90))
+for case, launches in gather_latents.builds(90):
+    if case.startswith("float32 m=2 N=144"):
+        for launch in launches:
+            code = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants).asm["ttgir"]
+            sums = re.findall(r"tt.dot %[^,]+, %[^,]+, (%\\w+)", code)
+            zeros = re.findall(r"(%\\w+) = arith.constant dense<0.0+e\\+00>", code)
+            print(json.dumps([launch.kernel.fn.__name__, len(sums), sorted(set(sums) - set(zeros))]))
+"""
+
+
+def test_sums_of_float32_are_of_products_of_their_own():
+    """The compiler starts each product from zero and not from the sum that it is added to, as it likes to."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _ACCUMULATORS],
+        capture_output=True, text=True, env=environment, cwd=Path(__file__).parent, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Of each of the three tiles: in the forward logits and S; in the backward logits, dP, dL and two of dY.
+    forward, backward = ["_gather_latents_fwd", 6, []], ["_gather_latents_bwd", 15, []]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [forward, forward, backward]
 
 
 def test_builds_for_each_card_within_its_limits():

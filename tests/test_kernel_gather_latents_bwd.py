@@ -86,8 +86,11 @@ def test_parity(m, N, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("m", "N", "C"),
-    [(2, 577, 192), (2, 97, 384), (2, 31, 768), (2, 36, 1536), (3, 300, 101), (5, 49, 2048), (32, 260, 384)],
-)
+    [
+        (2, 577, 192), (2, 97, 384), (2, 31, 768), (2, 36, 1536), (3, 300, 101), (5, 49, 2048), (32, 260, 384),
+        (2, 36, 48), (3, 97, 64),
+    ],
+)  # fmt: skip
 def test_parity_of_stages_and_other_widths(m, N, C, dtype):
     assert_parity(*inputs(m, N, C, dtype=dtype, seed=2))
 
