@@ -1,5 +1,7 @@
 """kernels/window_attention_bwd.py: the gradient of qkv against the reference's in float64, and what else must hold."""
 
+import gc
+
 import pytest
 import torch
 from lavish_fast.kernels import window_attention as kernels
@@ -21,9 +23,12 @@ from kernel_parity import (
     tokens_outside,
 )
 from lavish_fast import reference
-from test_kernel_window_attention import STAGES, inputs
+from test_kernel_window_attention import STAGES, assert_same_numbers, inputs
 
 LAYOUTS = [guarded, every_second, padded_rows, tokens_outside, misaligned]
+# In float32 windows of 144 tokens are refused, as one of the tests asks for.
+FULL_SIZE = [(dtype, *stage) for dtype in (torch.float16, torch.bfloat16) for stage in STAGES]
+FULL_SIZE += [(torch.float32, *stage) for stage in STAGES if stage[2] < 12]
 
 
 def constants(table: Tensor, size: int, window: int, shift: int) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -117,8 +122,7 @@ def test_parity_of_shifts_and_batches(shift, n):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "heads", "window", "shift"), STAGES)
+@pytest.mark.parametrize(("dtype", "size", "heads", "window", "shift"), FULL_SIZE)
 def test_parity_in_full_size(size, heads, window, shift, dtype):
     for n in (1, 7):
         assert_parity(*inputs(size, heads, window, n=n, dtype=dtype, seed=7), window, shift)
@@ -155,7 +159,7 @@ def test_any_layout_amid_nan_gives_the_same_bits(layout, window, d, dtype):
     qkv, scale, table = inputs(window, 1, window, d, n=2, dtype=dtype)
     dout = incoming(qkv)
     got = gradient(layout(qkv), guarded(scale), guarded(table), window, window // 2, layout(dout))
-    assert torch.equal(got, gradient(qkv, scale, table, window, window // 2, dout))
+    assert_same_numbers(got, gradient(qkv, scale, table, window, window // 2, dout), layout, d)
 
 
 @pytest.mark.parametrize("window", [4, 6])
@@ -274,8 +278,7 @@ def test_repeats_are_equal():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "heads", "window", "shift"), STAGES)
+@pytest.mark.parametrize(("dtype", "size", "heads", "window", "shift"), FULL_SIZE)
 def test_250_repeats_are_equal(size, heads, window, shift, dtype):
     qkv, scale, table = inputs(size, heads, window, n=20, dtype=dtype)
     given = (qkv, scale, table, window, shift, incoming(qkv))
@@ -292,6 +295,9 @@ def test_more_than_two_to_the_31_elements():
     got = gradient(qkv, scale, table, 12, 6, dout)
     assert torch.equal(got[-20:], gradient(qkv[-20:], scale, table, 12, 6, dout[-20:]))
     assert not got.isnan().any()
+    del qkv, dout, got
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def test_qkv_alone_has_a_gradient():
