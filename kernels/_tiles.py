@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 
-WIDE = tl.constexpr(1024)  # channels, above which what a program holds is rounded, as the reference rounds it
+# Channels, above which registers are short: what a program holds is rounded, as the reference rounds it, and barriers
+# keep the compiler from loading all tiles ahead.
+WIDE = tl.constexpr(1024)
 
 
 class Norm(NamedTuple):
@@ -203,6 +205,8 @@ def down_product(
         for part in tl.static_range((D_G + BLOCK_D - 1) // BLOCK_D):
             product = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             for k in tl.static_range(TRIPS):
+                if C_G * GROUPS > WIDE:
+                    tl.debug_barrier()
                 down_ptrs, mask = down_tile(w.down, g, part, k, C_G, CHUNK, D_G, BLOCK_D)
                 down = tl.load(down_ptrs, mask=mask, other=0.0)
                 product = tl.dot(u[k], down.T, product, input_precision="tf32x3")
@@ -240,6 +244,7 @@ def up_tile(up_ptr, offs, mask_c, part: tl.constexpr, D_G: tl.constexpr, BLOCK_D
 def up_product(
     hidden,
     up_ptr,
+    t: tl.constexpr,
     TILES: tl.constexpr,
     GROUPS: tl.constexpr,
     C_G: tl.constexpr,
@@ -248,18 +253,15 @@ def up_product(
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """up(hidden), a tuple of TILES tiles, float32; hidden: for each group its tiles, as `down_product` has them."""
+    """Tile t of up(hidden), float32; hidden: for each group its tiles, as `down_product` has them."""
     PARTS: tl.constexpr = len(hidden) // GROUPS
-    tiles = ()
-    for t in tl.static_range(TILES):
-        offs, mask_c = columns(t, C_G, CHUNK)
-        z = tl.zeros((BLOCK_N, CHUNK), tl.float32)
-        for part in tl.static_range(PARTS):
-            up_ptrs, mask = up_tile(up_ptr, offs, mask_c, part, D_G, BLOCK_D)
-            up = tl.load(up_ptrs, mask=mask, other=0.0)
-            z = tl.dot(hidden[t // (TILES // GROUPS) * PARTS + part], up.T, z, input_precision="tf32x3")
-        tiles += (z,)
-    return tiles
+    offs, mask_c = columns(t, C_G, CHUNK)
+    z = tl.zeros((BLOCK_N, CHUNK), tl.float32)
+    for part in tl.static_range(PARTS):
+        up_ptrs, mask = up_tile(up_ptr, offs, mask_c, part, D_G, BLOCK_D)
+        up = tl.load(up_ptrs, mask=mask, other=0.0)
+        z = tl.dot(hidden[t // (TILES // GROUPS) * PARTS + part], up.T, z, input_precision="tf32x3")
+    return z
 
 
 @triton.jit
@@ -308,17 +310,19 @@ def finish(
     HELD: tl.constexpr = dtype if C > WIDE else tl.float32
     # X and B are read once more at the end, out of L1 or L2: held until then, they would not leave enough registers.
     b_mean, b_rstd = moments(load_tiles(branch_rows, 1, mask_n, TILES, C_G, CHUNK), EPS.post_norm, C, C_G, CHUNK)
-    products = up_product(hidden, w.up, TILES, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
+    if C > WIDE:
+        tl.debug_barrier()
     z = ()
     for t in tl.static_range(TILES):
         if C > WIDE:
             tl.debug_barrier()
         offs, mask_c = columns(t, C_G, CHUNK)
-        z += (tl.where(mask_c[None, :], batch_norm(products[t], w.bn2, EPS.bn2, offs, mask_c), 0.0).to(HELD),)
+        product = up_product(hidden, w.up, t, TILES, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
+        z += (tl.where(mask_c[None, :], batch_norm(product, w.bn2, EPS.bn2, offs, mask_c), 0.0).to(HELD),)
     mean, rstd = moments(z, EPS.ln_after, C, C_G, CHUNK)
     for t in tl.static_range(TILES):
         if C > WIDE:
-            tl.debug_barrier()  # else all tiles are loaded ahead
+            tl.debug_barrier()
         offs, mask_c = columns(t, C_G, CHUNK)
         mask = mask_n & mask_c[None, :]
         b = tl.load(branch_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -37,7 +37,7 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"bytes": 4, "width": 2048, "most_tokens": 192, "chunk": 5120, "num_warps": 4, "num_stages": 3},
     ],
     "gather_latents_bwd": [  # beside the forward's tiling
-        {"bytes": 2, "width": 2048, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+        {"bytes": 2, "width": 2048, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
         {"bytes": 4, "width": 2048, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2},
     ],
     "window_attention": [  # width: tokens of a window, twice for heads wider than 32

@@ -50,6 +50,7 @@ from lavish_fast.kernels.adapter_training_bwd import (
     down_launch,
     load_bottleneck,
     mid_launch,
+    narrow_tokens,
     up_launch,
 )
 from torch import Tensor
@@ -280,7 +281,7 @@ def _gram_launch(firsts: Tensor, sums: Tensor, grams: Tensor, h: Tensor, shared:
     # The interpreter takes no bound that it does not know.
     tokens = tl.constexpr(_tokens(R)) if h.is_cpu else _tokens(R)
     args = firsts, sums, grams, h, shared.weights, R, tokens
-    return _launch.Launch(_adapter_gram, grid, args, constants | {"BLOCK_R": TOKENS, "num_warps": 4})
+    return _launch.Launch(_adapter_gram, grid, args, constants | {"BLOCK_R": TOKENS, "num_warps": 8})
 
 
 def _tokens(R: int) -> int:
@@ -443,7 +444,7 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
         means, shifts = mean, (up * shifted.unsqueeze(-1)).sum(2).flatten(1)
         mixing = (up.mT @ (up * (slope * scale).unsqueeze(-1))).contiguous()
     centred, flat = torch.empty_like(h).flatten(1, 2), h.flatten(1, 2)
-    narrow = rows(streams, triton.cdiv(R, TOKENS), 2, D)
+    narrow = rows(streams, triton.cdiv(R, narrow_tokens(D // groups)), 2, D)
     _launch.run([mid_launch(da.flatten(1, 2), centred, narrow, flat, means, shifts, mixing, shared)], h.device)
     dup = torch.stack(
         [_products(_by_group(d, groups).mT, _by_group(c, groups)) for d, c in zip(dz.flatten(1, 2), centred)]

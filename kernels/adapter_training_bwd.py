@@ -171,11 +171,12 @@ def _adapter_bwd_up(
 
     h = load_bottleneck(h_ptr + token * D, mask_n, GROUPS, D_G, BLOCK_D)
     hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, dtype)
-    products = up_product(hidden, w.up, GROUPS * TRIPS, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
     zhat = ()
     for t in tl.static_range(GROUPS * TRIPS):
+        if C > WIDE:
+            tl.debug_barrier()
         offs, mask_c = columns(t, C_G, CHUNK)
-        z = products[t]
+        z = up_product(hidden, w.up, t, GROUPS * TRIPS, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
         if EPS.bn2 is not None:
             deviation = tl.rsqrt(row(w.bn2.variance, offs, mask_c, other=1.0) + EPS.bn2)
             z = (z - row(w.bn2.mean, offs, mask_c)) * deviation
@@ -285,6 +286,8 @@ def _adapter_bwd_mid(
             centred += (tl.where(mask_d[None, :], a, 0.0),)
             tl.store(centred_ptr + token * D + offs[None, :], a.to(dtype), mask=mask_n & mask_d[None, :])
         for j in tl.static_range(PARTS):
+            if PARTS > 1:
+                tl.debug_barrier()
             offs_d = j * BLOCK_D + tl.arange(0, BLOCK_D)
             offs, mask_d = g * D_G + offs_d, offs_d < D_G
             mask = mask_n & mask_d[None, :]
@@ -421,6 +424,8 @@ def _adapter_bwd_down(
         tl.store(dh_ptr + token * D + offs[None, :], dh[i], mask=mask)
     dr = ()
     for t in tl.static_range(GROUPS * TRIPS):
+        if C > WIDE:
+            tl.debug_barrier()
         dr += (_du(dh, w, t // TRIPS, t % TRIPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D).to(HELD),)
 
     # 3. Through LN_before.
@@ -514,6 +519,11 @@ def up_launch(
     return shared.launch(_adapter_bwd_up, args)
 
 
+def narrow_tokens(D_G: int) -> int:
+    """Of a program of `_adapter_bwd_mid`, fewer where a group's bottleneck is more than one tile."""
+    return TOKENS if D_G <= 64 else TOKENS // 2
+
+
 def mid_launch(
     da: Tensor,
     centred: Tensor,
@@ -524,12 +534,14 @@ def mid_launch(
     mixing: Tensor | None,
     shared: Shared,
 ) -> _launch.Launch:
-    """da, centred, h (streams, R, D); rows (streams, programs, 2, D), a program for TOKENS tokens."""
+    """da, centred, h (streams, R, D); rows (streams, programs, 2, D), a program for `narrow_tokens` tokens."""
     R = h.shape[1]
     args = da, centred, rows, h, shared.weights, means, shifts, mixing, R
     constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS", "BLOCK_D")}
-    constants |= {"BLOCK_R": TOKENS, "BLOCK_D": min(constants["BLOCK_D"], 64), "num_warps": 4}
-    return _launch.Launch(_adapter_bwd_mid, (triton.cdiv(R, TOKENS), len(h)), args, constants)
+    constants["BLOCK_D"] = min(constants["BLOCK_D"], 64)
+    tokens = narrow_tokens(constants["D"] // constants["GROUPS"])
+    constants |= {"BLOCK_R": tokens, "num_warps": 4 if tokens == TOKENS else 8}
+    return _launch.Launch(_adapter_bwd_mid, (triton.cdiv(R, tokens), len(h)), args, constants)
 
 
 def down_launch(

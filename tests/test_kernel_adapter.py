@@ -425,7 +425,7 @@ def test_what_it_refuses():
         "xs[1]", "branches[0] of shape", "branches[1] of shape", "post_norm.weight of shape (32,), got (3,)", **both
     )
     wide, deep = Step(36, groups=3, reduction=2, streams=1), Step(1536, reduction=2, streams=1, groups=1)
-    for other, text in ((wide, "1, 2 or 4 groups"), (deep, "a bottleneck of at most 384 in torch.float32, got 768")):
+    for other, text in ((wide, "1, 2 or 4 groups"), (deep, "a bottleneck of at most 384, got 768")):
         xs, branches, summaries = other.inputs(1, 1)
         norm = Norm(other.post_norm.weight, other.post_norm.bias)
         refused(text, xs=xs, branches=branches, summaries=summaries, weights=other.weights(), norm=norm)
