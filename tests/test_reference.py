@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavish_fast import reference
+from lavish_fast.adapter import LavishAdapter
 from lavish_fast.backbones.swin_v2 import WindowAttention
-from parity import relative_error
+from lavish_fast.config import AdapterConfig
+from parity import randomise, relative_error
 
 
 def draw(*shape, seed=0, scale=1.0, dtype=torch.float64):
@@ -128,14 +130,72 @@ def test_attention_is_scaled_dot_product_attention():
     )
 
 
-def test_gradients():
-    def leaf(*shape, seed):
-        return draw(*shape, seed=seed).requires_grad_()
+def leaf(*shape, seed, scale=1.0):
+    return draw(*shape, seed=seed, scale=scale).requires_grad_()
 
-    assert torch.autograd.gradcheck(reference.gather_latents, (leaf(2, 4, seed=0), leaf(2, 5, 4, seed=1)))
-    gate = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(reference.read_latents, (leaf(2, 3, 4, seed=0), leaf(2, 2, 4, seed=1), gate))
-    assert torch.autograd.gradcheck(reference.grouped_linear, (leaf(2, 3, 8, seed=0), leaf(4, 4, seed=1)))
-    q, k, v = (leaf(1, 2, 1, 4, 3, seed=s) for s in range(3))
-    scale, bias = torch.full((1, 1, 1), 5.0).double(), draw(1, 4, 4, seed=3)
-    assert torch.autograd.gradcheck(lambda *t: reference.cosine_attention(*t, scale, bias, None), (q, k, v))
+
+@pytest.mark.parametrize(("n", "N", "m", "C"), [(1, 1, 1, 3), (2, 5, 2, 4), (1, 7, 3, 2), (3, 2, 1, 4), (2, 3, 4, 3)])
+def test_gradients_of_latents(n, N, m, C):
+    assert torch.autograd.gradcheck(reference.gather_latents, (leaf(m, C, seed=0), leaf(n, N, C, seed=1)))
+    given = leaf(n, N, C, seed=0), leaf(n, m, C, seed=1), leaf(1, seed=2)
+    assert torch.autograd.gradcheck(reference.read_latents, given)
+
+
+@pytest.mark.parametrize(
+    ("n", "N", "C", "D", "groups"),
+    [(1, 1, 2, 2, 1), (2, 3, 4, 6, 2), (1, 2, 8, 4, 4), (2, 1, 3, 5, 1), (1, 4, 6, 3, 3)],
+)
+def test_gradients_of_grouped_linear(n, N, C, D, groups):
+    given = leaf(n, N, C, seed=0), leaf(D, C // groups, seed=1)
+    assert torch.autograd.gradcheck(reference.grouped_linear, given)
+
+
+@pytest.mark.parametrize(
+    ("n", "heads", "N", "d"), [(1, 1, 1, 2), (2, 1, 3, 4), (1, 2, 5, 3), (1, 3, 4, 1), (2, 2, 2, 2)]
+)
+def test_gradients_of_attention(n, heads, N, d):
+    given = (leaf(n, heads, N, d, seed=seed) for seed in range(3))
+    assert torch.autograd.gradcheck(lambda *qkv: reference.attention(*qkv, 0.7), tuple(given))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("n", "heads", "window", "size"), [(1, 1, 2, 2), (2, 1, 2, 4), (1, 2, 2, 4), (1, 2, 3, 3), (1, 3, 1, 2)]
+)
+def test_gradients_of_window_attention(n, heads, window, size, masked):
+    """Those of the constants, too; in windows and in maps that are cut into them, shifted where there are several."""
+    N, windows, d = window**2, (size // window) ** 2, 2
+    scale, bias = (draw(heads, 1, 1, seed=0).exp() + 2).requires_grad_(), leaf(heads, N, N, seed=1)
+    mask = leaf(windows, N, N, seed=2, scale=3.0) if masked else None
+    q, k, v = (leaf(n, windows, heads, N, d, seed=seed) for seed in (3, 4, 5))
+    assert torch.autograd.gradcheck(reference.cosine_attention, (q, k, v, scale, bias, mask))
+    order = WindowAttention(heads * d, heads, size, window, window // 2, 0).order
+    assert (order is None) == (windows == 1)
+    qkv = leaf(n, size**2, 3 * heads * d, seed=6)
+    assert torch.autograd.gradcheck(reference.window_attention, (qkv, scale, bias, mask, order))
+
+
+ADAPTERS = {
+    "paper": AdapterConfig(reduction=2, groups=2),
+    "no norms": AdapterConfig(latents=3, reduction=2, groups=1, batch_norm=False, ln_before=False, ln_after=False),
+    "no LN_before": AdapterConfig(latents=1, reduction=4, groups=1, ln_before=False),
+    "no LN_after": AdapterConfig(reduction=2, groups=4, ln_after=False),
+    "one stream": AdapterConfig(reduction=2, groups=2, cross_modal=False),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("options", ADAPTERS)
+def test_gradients_of_an_adapter(options, gate, training):
+    """Those of every parameter and of both streams."""
+    config = ADAPTERS[options]
+    adapter = randomise(LavishAdapter(8, config, gate=gate, cross_modal=config.cross_modal)).double().train(training)
+    parameters = dict(adapter.named_parameters())
+    x, other = leaf(2, 3, 8, seed=0), leaf(2, 2, 8, seed=1) if config.cross_modal else None
+
+    def forward(x, other, *values):
+        state = dict(zip(parameters, values)) | {name: b.clone() for name, b in adapter.named_buffers()}
+        return torch.func.functional_call(adapter, state, (x, other))
+
+    assert torch.autograd.gradcheck(forward, (x, other, *parameters.values()))
