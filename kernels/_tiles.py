@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-# Channels, above which registers are short: what a program holds is rounded, as the reference rounds it, and barriers
-# keep the compiler from loading all tiles ahead.
-WIDE = tl.constexpr(1024)
+# Channels, and those of a group's bottleneck, above which registers are short: what a program holds is rounded, as the
+# reference rounds it, and barriers keep the compiler from loading all tiles ahead.
+WIDE, DEEP = tl.constexpr(1024), tl.constexpr(64)
 
 
 class Norm(NamedTuple):
@@ -41,7 +40,7 @@ def block(size: int) -> int:
 
 
 def chunk(channels: int, most: int) -> int:
-    """The width of a tile: a group's own if `most` is that; else the fewest channels beyond it, then the fewest tiles."""
+    """The width of a tile: a group's own up to `most`; else the fewest channels beyond it, then the fewest tiles."""
     if block(channels) <= most:
         return block(channels)
     widths = [1 << bit for bit in range(4, 10) if triton.cdiv(channels, 1 << bit) <= 16]
@@ -143,8 +142,8 @@ def softmax_of_latents(
 
 
 @triton.jit
-def seen(x, s_rows, mask_m, p, gate_av, C_G: tl.constexpr, CHUNK: tl.constexpr):
-    """X' = X + g_av P S, float32; X where there are no summaries. p: rounded."""
+def seen(x, s_rows, mask_m, p, gate_av, C_G: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr):
+    """X' = X + g_av P S, of type HELD; X where there are no summaries. p: rounded."""
     tiles = ()
     for t in tl.static_range(len(x)):
         tile = x[t].to(tl.float32)
@@ -152,7 +151,7 @@ def seen(x, s_rows, mask_m, p, gate_av, C_G: tl.constexpr, CHUNK: tl.constexpr):
             offs, mask_c = columns(t, C_G, CHUNK)
             s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
             tile += gate_av * tl.dot(p, s, input_precision="tf32x3")
-        tiles += (tile,)
+        tiles += (tile.to(HELD),)
     return tiles
 
 
@@ -198,14 +197,14 @@ def down_product(
         u = ()
         for k in tl.static_range(TRIPS):
             offs, mask_c = columns(g * TRIPS + k, C_G, CHUNK)
-            tile = x[g * TRIPS + k]
+            tile = x[g * TRIPS + k].to(tl.float32)
             if EPS.ln_before is not None:
                 tile = affine((tile - mean[:, None]) * rstd[:, None], w.ln_before, offs, mask_c)
             u += (tile.to(dtype),)
         for part in tl.static_range((D_G + BLOCK_D - 1) // BLOCK_D):
             product = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             for k in tl.static_range(TRIPS):
-                if C_G * GROUPS > WIDE:
+                if C_G * GROUPS > WIDE or D_G > DEEP:
                     tl.debug_barrier()
                 down_ptrs, mask = down_tile(w.down, g, part, k, C_G, CHUNK, D_G, BLOCK_D)
                 down = tl.load(down_ptrs, mask=mask, other=0.0)
@@ -310,18 +309,18 @@ def finish(
     HELD: tl.constexpr = dtype if C > WIDE else tl.float32
     # X and B are read once more at the end, out of L1 or L2: held until then, they would not leave enough registers.
     b_mean, b_rstd = moments(load_tiles(branch_rows, 1, mask_n, TILES, C_G, CHUNK), EPS.post_norm, C, C_G, CHUNK)
-    if C > WIDE:
+    if C > WIDE or D_G > DEEP:
         tl.debug_barrier()
     z = ()
     for t in tl.static_range(TILES):
-        if C > WIDE:
+        if C > WIDE or D_G > DEEP:
             tl.debug_barrier()
         offs, mask_c = columns(t, C_G, CHUNK)
         product = up_product(hidden, w.up, t, TILES, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
         z += (tl.where(mask_c[None, :], batch_norm(product, w.bn2, EPS.bn2, offs, mask_c), 0.0).to(HELD),)
     mean, rstd = moments(z, EPS.ln_after, C, C_G, CHUNK)
     for t in tl.static_range(TILES):
-        if C > WIDE:
+        if C > WIDE or D_G > DEEP:
             tl.debug_barrier()
         offs, mask_c = columns(t, C_G, CHUNK)
         mask = mask_n & mask_c[None, :]

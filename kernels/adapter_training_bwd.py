@@ -1,11 +1,11 @@
 """The backward of kernels/adapter_training.py, whose docstring has the equation: every gradient of one residual step.
 
-Four kernels; a program owns BLOCK_N tokens of one image of one stream and holds their rows whole (see _tiles.py), in the
-third some tokens' bottleneck.
+Four kernels; a program owns BLOCK_N tokens of one image of one stream and holds their rows whole (see _tiles.py), in
+the third some tokens' bottleneck.
 
 _adapter_bwd_branch: from the branch B and dout to dB, through the post-norm.
-_adapter_bwd_up: from h and dout to dz1, the gradient of BN2's output, and to dz1 V, V being up with BN2's factors in its
-rows: what ReLU's output would get if BN2's statistics were constants.
+_adapter_bwd_up: from h and dout to dz1, the gradient of BN2's output, and to dz1 V, V being up with BN2's factors in
+its rows: what ReLU's output would get if BN2's statistics were constants.
 _adapter_bwd_mid: what those statistics give back is a product of D / G x D / G with a; then ReLU, and the sums that
 BN1's backward takes.
 _adapter_bwd_down: from X, S and that gradient through BN1 and down to dX, dS, and to u = LN_before(X') and dh, of which
@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from lavish_fast.kernels import _launch
 from lavish_fast.kernels._tiles import (
+    DEEP,
     WIDE,
     Norm,
     activated,
@@ -121,8 +122,9 @@ def _adapter_bwd_branch(
         vb_sum += v * (branch[t].to(tl.float32) - mean[:, None]) * rstd[:, None]
     average, slope = tl.sum(v_sum, 1) / C, tl.sum(vb_sum, 1) / C
     for t in tl.static_range(TILES):
+        tl.debug_barrier()  # else all tiles are loaded ahead
         offs, mask_c = columns(t, C_G, CHUNK)
-        v = dout[t].to(tl.float32)
+        v = _load(dout_rows, dout_strides[3], mask_n, offs, mask_c)
         if post_norm.weight is not None:
             v *= row(post_norm.weight, offs, mask_c)
         bhat = (branch[t].to(tl.float32) - mean[:, None]) * rstd[:, None]
@@ -173,7 +175,7 @@ def _adapter_bwd_up(
     hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, dtype)
     zhat = ()
     for t in tl.static_range(GROUPS * TRIPS):
-        if C > WIDE:
+        if C > WIDE or D_G > DEEP:
             tl.debug_barrier()
         offs, mask_c = columns(t, C_G, CHUNK)
         z = up_product(hidden, w.up, t, GROUPS * TRIPS, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
@@ -195,7 +197,8 @@ def _adapter_bwd_up(
             # Else the rows of all tiles' parameters are loaded ahead, which takes more registers than there are.
             tl.debug_barrier()
             offs, mask_c = columns(t, C_G, CHUNK)
-            z = tl.where(mask_c[None, :], _batch_normed(zhat[t].to(tl.float32), w.bn2, offs, mask_c) - mean[:, None], 0.0)
+            z = _batch_normed(zhat[t].to(tl.float32), w.bn2, offs, mask_c)
+            z = tl.where(mask_c[None, :], z - mean[:, None], 0.0)
             v = gate * _load(dout_rows, dout_strides[3], mask_n, offs, mask_c)
             if w.ln_after.weight is not None:
                 v *= row(w.ln_after.weight, offs, mask_c)
@@ -395,12 +398,12 @@ def _adapter_bwd_down(
         s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
         weights_m = softmax_of_latents(x, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
         p = weights_m.to(dtype)
-    x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK)
+    x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK, HELD)
     mean, rstd = moments(x, EPS.ln_before, C, C_G, CHUNK)
     xhat = ()
     for t in tl.static_range(GROUPS * TRIPS):
         offs, mask_c = columns(t, C_G, CHUNK)
-        u = x[t]
+        u = x[t].to(tl.float32)
         if EPS.ln_before is not None:
             u = (u - mean[:, None]) * rstd[:, None]
             xhat += (tl.where(mask_c[None, :], u, 0.0).to(dtype),)
@@ -424,7 +427,7 @@ def _adapter_bwd_down(
         tl.store(dh_ptr + token * D + offs[None, :], dh[i], mask=mask)
     dr = ()
     for t in tl.static_range(GROUPS * TRIPS):
-        if C > WIDE:
+        if C > WIDE or D_G > DEEP:
             tl.debug_barrier()
         dr += (_du(dh, w, t // TRIPS, t % TRIPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D).to(HELD),)
 
@@ -433,7 +436,7 @@ def _adapter_bwd_down(
         v_sum, vx_sum = tl.zeros((BLOCK_N, CHUNK), tl.float32), tl.zeros((BLOCK_N, CHUNK), tl.float32)
         scaled = ()
         for t in tl.static_range(GROUPS * TRIPS):
-            if C > WIDE:
+            if C > WIDE or D_G > DEEP:
                 tl.debug_barrier()
             offs, mask_c = columns(t, C_G, CHUNK)
             v, normed = dr[t].to(tl.float32), xhat[t].to(tl.float32)
@@ -465,7 +468,7 @@ def _adapter_bwd_down(
 
     # 5. The sums.
     for t in tl.static_range(GROUPS * TRIPS):
-        if C > WIDE:
+        if C > WIDE or D_G > DEEP:
             tl.debug_barrier()
         offs, mask_c = columns(t, C_G, CHUNK)
         mask = mask_n & mask_c[None, :]
@@ -520,8 +523,8 @@ def up_launch(
 
 
 def narrow_tokens(D_G: int) -> int:
-    """Of a program of `_adapter_bwd_mid`, fewer where a group's bottleneck is more than one tile."""
-    return TOKENS if D_G <= 64 else TOKENS // 2
+    """Of a program of `_adapter_bwd_mid`, fewer where a group's bottleneck is wide."""
+    return TOKENS if D_G <= 32 else TOKENS // 2
 
 
 def mid_launch(
@@ -538,9 +541,9 @@ def mid_launch(
     R = h.shape[1]
     args = da, centred, rows, h, shared.weights, means, shifts, mixing, R
     constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS", "BLOCK_D")}
-    constants["BLOCK_D"] = min(constants["BLOCK_D"], 64)
     tokens = narrow_tokens(constants["D"] // constants["GROUPS"])
-    constants |= {"BLOCK_R": tokens, "num_warps": 4 if tokens == TOKENS else 8}
+    constants["BLOCK_D"] = min(constants["BLOCK_D"], tokens)
+    constants |= {"BLOCK_R": tokens, "num_warps": 4 if constants["BLOCK_D"] < TOKENS // 2 else 8}
     return _launch.Launch(_adapter_bwd_mid, (triton.cdiv(R, tokens), len(h)), args, constants)
 
 

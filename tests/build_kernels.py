@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -40,7 +41,27 @@ class Card:
         return GPUTarget("cuda", self.architecture, 32)
 
 
-def _report(cubin: bytes) -> dict[str, int]:
+def unset(sass: str) -> list[str]:
+    """Uniform registers that are read and set nowhere, with an instruction that reads them.
+
+    ptxas 12.8 leaves one so where it derives the descriptors of several matrix products: they read other memory.
+    """
+    written, read = set(), {}
+    for text in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", sass):
+        opcode, _, operands = text.partition(" ")
+        wide = 4 if ".128" in opcode else 2 if re.search(r"\.64|\.WIDE", opcode) else 1
+        target = re.match(r"\s*UR(\d+)\b", operands) if re.match(r"U|R2UR|S2UR|VOTEU|REDUX", opcode) else None
+        if target:
+            written |= {int(target[1]) + i for i in range(wide)}
+            operands = operands[target.end() :]
+        for what, number in re.findall(r"(gdesc\[|desc\[)?UR(\d+)\b", operands):
+            many = {"gdesc[": 4, "desc[": 2}.get(what, 2 if ".64" in opcode and opcode.startswith("U") else 1)
+            for i in range(many):
+                read.setdefault(int(number) + i, text)
+    return [f"UR{number}: {read[number]}" for number in sorted(read.keys() - written)]
+
+
+def _report(cubin: bytes) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -53,6 +74,7 @@ def _report(cubin: bytes) -> dict[str, int]:
         "registers": numbers["REG"],
         "stack": numbers["STACK"] + numbers["LOCAL"],
         "mma": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),
+        "unset": unset(sass),
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernel_parity import DEVICE, DTYPES
+from kernel_parity import DEVICE, DTYPES, network_width
 from lavish_fast import Model, TrainingStep, explain, ops, optimize
 from lavish_fast.concatenated import Concatenated
 from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
@@ -223,17 +223,22 @@ def test_graphed_training(dtype):
 
 
 def fused_model(dtype=torch.float32):
-    """Wide enough for every kernel, with a shifted block."""
+    """Wide enough for every kernel on streams of this type, with a shifted block; float32 itself."""
     backbone = SwinV2Config(
-        img_size=32, embed_dim=48, depths=(2, 1), num_heads=(3, 6), window_size=4, pretrained_window_sizes=(0, 0)
+        img_size=32,
+        embed_dim=network_width(dtype),
+        depths=(2, 1),
+        num_heads=(3, 6),
+        window_size=4,
+        pretrained_window_sizes=(0, 0),
     )
-    return make(dtype, backbone=backbone, frames=1).to(DEVICE)
+    return make(backbone=backbone, frames=1).to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["training", "running statistics"])
 def test_a_step_through_the_kernels(dtype, mode):
-    model = fused_model()
+    model = fused_model(dtype)
     inputs = [x.to(DEVICE) for x in tiny_inputs(2, frames=1)]
     target = torch.tensor([[0], [2]], device=DEVICE)
     found = {}

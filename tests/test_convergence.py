@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kernel_parity import DEVICE
+from kernel_parity import DEVICE, network_width
 from lavish_fast import Model, ops, optimize
 from lavish_fast.config import SwinV2Config
 from lavish_fast.tasks import ave
@@ -34,7 +34,12 @@ def steps(module, parameters, device=DEVICE) -> torch.Tensor:
 def test_32_steps_through_the_kernels(dtype, limit):
     # Wide enough for every kernel, with a shifted block.
     backbone = SwinV2Config(
-        img_size=32, embed_dim=48, depths=(2, 1), num_heads=(3, 6), window_size=4, pretrained_window_sizes=(0, 0)
+        img_size=32,
+        embed_dim=network_width(dtype),
+        depths=(2, 1),
+        num_heads=(3, 6),
+        window_size=4,
+        pretrained_window_sizes=(0, 0),
     )
     torch.manual_seed(0)
     model = randomise(Model(tiny_config(backbone=backbone))).to(DEVICE).train()

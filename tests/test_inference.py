@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernel_parity import DEVICE, DTYPES
+from kernel_parity import DEVICE, DTYPES, network_width
 from lavish_fast import Model, ops
 from lavish_fast.adapter import LavishAdapter
 from lavish_fast.concatenated import Linear
@@ -255,10 +255,15 @@ def test_fused_raises_the_reasons_of_the_ops():
         Inference(model, path="fast")(*inputs)
 
 
-def fused_model(dtype=torch.float32):
+def fused_model(dtype=torch.float32, streams=None):
     """Wide enough for every kernel, with a shifted block and 16 and 4 windows' worth of tokens."""
     backbone = SwinV2Config(
-        img_size=32, embed_dim=48, depths=(2, 1), num_heads=(3, 6), window_size=4, pretrained_window_sizes=(0, 0)
+        img_size=32,
+        embed_dim=network_width(streams or dtype),
+        depths=(2, 1),
+        num_heads=(3, 6),
+        window_size=4,
+        pretrained_window_sizes=(0, 0),
     )
     torch.manual_seed(0)
     return randomise(Model(tiny_config(backbone=backbone, frames=1))).to(dtype).to(DEVICE).eval()
@@ -267,7 +272,7 @@ def fused_model(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernels_in_a_network(dtype):
     # In a Model as it is, rearranged, and optimised: every op of every block is fused.
-    model = fused_model()
+    model = fused_model(streams=dtype)
     inputs = [x.to(DEVICE) for x in tiny_inputs(1, frames=1)]
     expected = run(copy.deepcopy(model).double(), [x.double() for x in inputs])
     own = errors(run(fused_model(dtype).set_path("reference"), [x.to(dtype) for x in inputs]), expected)
@@ -289,7 +294,7 @@ def test_the_kernels_in_a_network(dtype):
 
 @pytest.mark.parametrize("kind", ["model", "inference"])
 def test_fused_blocks_compile_without_a_graph_break(kind):
-    model, x = fused_model(), torch.randn(2, 64, 48, device=DEVICE)
+    model, x = fused_model(), torch.randn(2, 64, network_width(torch.float32), device=DEVICE)
     block = Inference(model, fold=False, path="fused").blocks[1]  # the one with a shift
 
     def forward(x):

@@ -510,4 +510,5 @@ def test_cuda_graph():
 
 
 def test_build():
-    assert_built("adapter")
+    # Of 1536 channels a thread of 16 warps holds 48 numbers, and may use 128 registers.
+    assert_built("adapter", spills={"bfloat16 1536": 32})

@@ -535,4 +535,5 @@ def test_autocast_changes_nothing():
 
 
 def test_build():
-    assert_built("adapter_training")
+    # The last stage alone, two blocks of 24: as in the evaluation's kernel, with more to hold.
+    assert_built("adapter_training", spills={"bfloat16 1536": 640})

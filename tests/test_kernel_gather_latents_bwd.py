@@ -20,6 +20,7 @@ from kernel_parity import (
 )
 from lavish_fast import reference
 
+WIDTH = 96 if DEVICE == "cpu" else 192  # the kernel takes no fewer channels on a card
 STAGES = [(2304, 192), (576, 384), (144, 768), (36, 1536)]
 
 
@@ -80,7 +81,7 @@ def assert_parity(latents: list[Tensor], others: list[Tensor], ds: Tensor) -> No
 @pytest.mark.parametrize("N", [1, 3, 36, 97, 144, 300])
 @pytest.mark.parametrize("m", [1, 2, 16, 64])
 def test_parity(m, N, dtype):
-    assert_parity(*inputs(m, N, 96, n=max(1, 4 // m), dtype=dtype))
+    assert_parity(*inputs(m, N, WIDTH, n=max(1, 4 // m), dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,11 +98,13 @@ def test_parity_of_stages_and_other_widths(m, N, C, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parity_of_directions_of_two_lengths(dtype):
-    assert_parity(*inputs(2, (300, 36), 96, dtype=dtype, seed=3))
+    assert_parity(*inputs(2, (300, 36), WIDTH, dtype=dtype, seed=3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "N", "C"), [(2, 36, 192), (2, 144, 96), (16, 144, 96), (2, 600, 96), (16, 300, 384)])
+@pytest.mark.parametrize(
+    ("m", "N", "C"), [(2, 36, 192), (2, 144, WIDTH), (16, 144, WIDTH), (2, 600, WIDTH), (16, 300, 384)]
+)
 def test_parity_of_logits_of_several_hundred(m, N, C, dtype):
     latents, others, ds = hard(m, N, C, dtype)
     logits = latents[0].double() @ others[0].double().mT
@@ -122,7 +125,7 @@ def test_parity_of_logits_of_several_hundred(m, N, C, dtype):
 @pytest.mark.parametrize("scale", [1e-5, 3e3])
 def test_parity_of_small_and_large_gradients(scale, N):
     """In float16 dP and dlogits of these gradients lie below or above what it can hold; dL and dY do not."""
-    latents, others, ds = inputs(2, N, 96, seed=5)
+    latents, others, ds = inputs(2, N, WIDTH, seed=5)
     # Latents eight times as large as streams: dlogits are smaller than dY where gradients are small.
     latents, others = [(8 * l).half() for l in latents], [(y / 8).half() for y in others]
     ds = (scale * ds).half()
@@ -148,7 +151,7 @@ def test_weights_of_the_backward_sum_to_one(m, N, dtype):
 
     dS is in a channel that streams leave at zero, where dP, and with it the other term of dY, is exactly zero.
     """
-    latents, others, ds = inputs(m, N, 96, n=2, dtype=dtype, seed=8)
+    latents, others, ds = inputs(m, N, WIDTH, n=2, dtype=dtype, seed=8)
     latents = [10 * l for l in latents]
     ds[..., 1:] = 0
     for l, y in zip(latents, others):
@@ -163,7 +166,7 @@ def test_weights_of_the_backward_sum_to_one(m, N, dtype):
 @pytest.mark.parametrize("N", [36, 300])
 def test_a_shift_of_all_tokens_shifts_the_sums(N):
     """Its gradient, the sum of dY over tokens, is the sum of dS over latents."""
-    latents, others, ds = inputs(3, N, 96, seed=9)
+    latents, others, ds = inputs(3, N, WIDTH, seed=9)
     for dy, d in zip(gradients(gather_latents, latents, others, ds)[2:], ds):
         torch.testing.assert_close(dy.sum(1), d.sum(1), rtol=1e-5, atol=2e-5)
 
@@ -172,7 +175,7 @@ def test_a_shift_of_all_tokens_shifts_the_sums(N):
 @pytest.mark.parametrize("N", [36, 300])
 @pytest.mark.parametrize("layout", [guarded, every_second, padded_rows, tokens_outside, misaligned])
 def test_any_layout_amid_nan_gives_the_same_bits(layout, N, dtype):
-    latents, others, ds = inputs(2, N, 96, dtype=dtype)
+    latents, others, ds = inputs(2, N, WIDTH, dtype=dtype)
     got = gradients(gather_latents, [padded_rows(l) for l in latents], [layout(y) for y in others], ds)
     for one, other in zip(got, gradients(gather_latents, latents, others, ds), strict=True):
         assert torch.equal(one, other)
@@ -187,7 +190,7 @@ def of_stacked(latents: list[Tensor], others: list[Tensor], ds: Tensor) -> tuple
 @pytest.mark.parametrize("N", [36, 300])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (0, 2, 1, 3), (3, 0, 1, 2), (3, 2, 1, 0)])
 def test_any_layout_of_the_incoming_gradient(order, N):
-    latents, others, ds = inputs(2, N, 96, n=3)
+    latents, others, ds = inputs(2, N, WIDTH, n=3)
     # Its dimensions in another order in memory, every second element of rows too wide.
     inverse = [order.index(i) for i in range(4)]
     laid = guarded(padded_rows(ds.permute(order).contiguous()).repeat_interleave(2, -1)[..., ::2]).permute(inverse)
@@ -199,7 +202,7 @@ def test_any_layout_of_the_incoming_gradient(order, N):
 @pytest.mark.parametrize("N", [36, 300])
 @pytest.mark.parametrize("kept", [(), (3,), (0,), (1, 2)])
 def test_an_expanded_incoming_gradient(kept, N):
-    latents, others, ds = inputs(2, N, 96, n=3)
+    latents, others, ds = inputs(2, N, WIDTH, n=3)
     expanded = ds[tuple(slice(None) if i in kept else slice(0, 1) for i in range(4))].expand_as(ds)
     assert 0 in expanded.stride()
     whole = of_stacked(latents, others, expanded.clone(memory_format=torch.contiguous_format))
@@ -211,7 +214,7 @@ def test_an_expanded_incoming_gradient(kept, N):
 @pytest.mark.parametrize("N", [36, 300, (300, 36)])
 def test_only_what_is_asked_for(N, dtype, monkeypatch):
     """Every choice of tensors that require gradients; what the others' would take is not even allocated."""
-    latents, others, ds = inputs(2, N, 96, dtype=dtype)
+    latents, others, ds = inputs(2, N, WIDTH, dtype=dtype)
     every, made = gradients(gather_latents, latents, others, ds), []
     launch = kernels.backward.launch
 
@@ -234,7 +237,7 @@ def test_only_what_is_asked_for(N, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "N"), [(2, 36), (16, 144), (16, 300), (2, (300, 36))])
 def test_the_form_for_training_has_the_same_sums(m, N, dtype):
-    latents, others, _ = inputs(m, N, 96, dtype=dtype)
+    latents, others, _ = inputs(m, N, WIDTH, dtype=dtype)
     trained = gather_latents([l.requires_grad_() for l in latents], others)
     with torch.no_grad():
         inferred = gather_latents(latents, others)
@@ -249,7 +252,7 @@ def test_the_form_for_training_has_the_same_sums(m, N, dtype):
 
 @pytest.mark.parametrize(("m", "N"), [(2, 36), (16, 300)])
 def test_one_direction_alone(m, N):
-    latents, others, ds = inputs(m, N, 96)
+    latents, others, ds = inputs(m, N, WIDTH)
     both = gradients(gather_latents, latents, others, ds)
     for i in range(2):
         alone = gradients(gather_latents, latents[i : i + 1], others[i : i + 1], ds[i : i + 1])
@@ -259,7 +262,7 @@ def test_one_direction_alone(m, N):
 
 @pytest.mark.parametrize("N", [144, 300])
 def test_an_image_has_the_same_gradient_alone_and_in_any_batch(N):
-    latents, others, ds = inputs(2, N, 96, n=4)
+    latents, others, ds = inputs(2, N, WIDTH, n=4)
     batch = gradients(gather_latents, latents, others, ds)[2:]
     for i in (0, 3):
         alone = gradients(gather_latents, latents, [y[i : i + 1] for y in others], ds[:, i : i + 1])[2:]
@@ -269,9 +272,9 @@ def test_an_image_has_the_same_gradient_alone_and_in_any_batch(N):
 
 def test_an_empty_batch_gives_zeros():
     for N in (36, 300):
-        got = gradients(gather_latents, *inputs(2, N, 96, n=0))
-        assert all(torch.equal(g, torch.zeros(2, 96, device=DEVICE)) for g in got[:2])
-        assert all(g.shape == (0, N, 96) for g in got[2:])
+        got = gradients(gather_latents, *inputs(2, N, WIDTH, n=0))
+        assert all(torch.equal(g, torch.zeros(2, WIDTH, device=DEVICE)) for g in got[:2])
+        assert all(g.shape == (0, N, WIDTH) for g in got[2:])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -279,7 +282,7 @@ def test_an_empty_batch_gives_zeros():
 @pytest.mark.parametrize("N", [36, 300])
 @pytest.mark.parametrize("of", ["other", "ds"])
 def test_a_nan_stays_in_its_image(of, N, dtype):
-    latents, others, ds = inputs(2, N, 96, n=3, dtype=dtype)
+    latents, others, ds = inputs(2, N, WIDTH, n=3, dtype=dtype)
     clean = gradients(gather_latents, latents, others, ds)
     (others[0][1, 7] if of == "other" else ds[0, 1, 1]).fill_(float("nan"))
     got = gradients(gather_latents, latents, others, ds)
@@ -293,7 +296,7 @@ def test_a_nan_stays_in_its_image(of, N, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N", [144, 300])
 def test_repeats_are_equal(N, dtype):
-    given = inputs(16, N, 96, dtype=dtype)
+    given = inputs(16, N, WIDTH, dtype=dtype)
     first = gradients(gather_latents, *given)
     for _ in range(2):
         assert all(map(torch.equal, first, gradients(gather_latents, *given)))
@@ -310,7 +313,7 @@ def test_250_repeats_are_equal(N, C, dtype):
 
 
 def test_gradients_are_differentiable_once():
-    latents, others, ds = inputs(2, 36, 96)
+    latents, others, ds = inputs(2, 36, WIDTH)
     leaf = latents[0].requires_grad_()
     s = gather_latents(latents, others)
     (dlatents,) = torch.autograd.grad(s, [leaf], ds, create_graph=True)
@@ -320,7 +323,7 @@ def test_gradients_are_differentiable_once():
 
 @pytest.mark.parametrize("N", [36, (36, 300)])
 def test_opcheck(N):
-    latents, others, ds = inputs(2, N, 96)
+    latents, others, ds = inputs(2, N, WIDTH)
     saved = kernels._train(latents, others)[1:]
     for wanted in ([True, True], [False, True]):
         torch.library.opcheck(kernels._backward, (latents, others, ds, list(saved), wanted, [True, True]))
@@ -342,7 +345,7 @@ def test_compiles_without_a_break_through_the_backward(N):
         return gather_latents(latents, others) * 2
 
     for n in (2, 3):
-        latents, others, ds = inputs(2, N, 96, n=n)
+        latents, others, ds = inputs(2, N, WIDTH, n=n)
         got = gradients(compiled, latents, others, ds)
         expected = gradients(lambda l, y: gather_latents(l, y) * 2, latents, others, ds)
         assert all(map(torch.equal, got, expected))
