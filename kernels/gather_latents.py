@@ -236,7 +236,8 @@ def _tiling(m: int, N: int, C: int, dtype: torch.dtype, architecture: int, train
     # In float32 a tile is a sum of its own.
     tiles = _tiles(N, most, 64 if dtype == torch.float32 else 256)
     widest = constants.pop("chunk") // (sum(tiles) + M)
-    # Two blocks of channels at least: on sm_90 with Triton 3.6, loops of one trip gave wrong results.
+    # Two blocks of channels at least: where both walks are straight-line code, Triton 3.6's ptxas, 12.8, has the second
+    # product's descriptors on sm_90 begin with a register that nothing sets. Wrong numbers and addresses followed.
     block_c = min(256, 1 << (C - 1).bit_length() - 1, 1 << widest.bit_length() - 1)
     if dtype == torch.float32:
         # Sums in two levels err the least with as many terms in either. A product takes 16 at least.
