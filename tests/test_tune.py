@@ -120,7 +120,7 @@ def test_a_spent_budget_leaves_what_was_found(few):
 def test_every_kernel_has_a_case_that_launches_it(op, monkeypatch, clock):
     """In training, where the kernel is a part of it; its gradients are among what is checked."""
     name, mode = tune.case_of(op)
-    widths = {"gather_latents": EMBED * 8, "adapter": EMBED, "window_attention": 2 * 4}  # heads of 64 channels
+    widths = {"gather_latents": EMBED * 8, "adapter": EMBED * 8, "window_attention": 2 * 4}  # heads of 64 channels
     row, _ = _tuning.row(op, 0, torch.float32, widths[name])
     monkeypatch.setitem(_tuning.CANDIDATES, op, {constant: (value,) for constant, value in row.items()})
     seen, true = [], tune.Run.errors
