@@ -55,8 +55,10 @@ def unset(sass: str) -> list[str]:
             written |= {int(target[1]) + i for i in range(wide)}
             operands = operands[target.end() :]
         for what, number in re.findall(r"(gdesc\[|desc\[)?UR(\d+)\b", operands):
-            many = {"gdesc[": 4, "desc[": 2}.get(what, 2 if ".64" in opcode and opcode.startswith("U") else 1)
-            for i in range(many):
+            span = range(2 if what or (".64" in opcode and opcode.startswith("U")) else 1)
+            if what == "gdesc[":  # of both factors, or of the second alone where the first is in registers
+                span = range(2 if re.match(r"\S+ R\d", operands) else 0, 4)
+            for i in span:
                 read.setdefault(int(number) + i, text)
     return [f"UR{number}: {read[number]}" for number in sorted(read.keys() - written)]
 

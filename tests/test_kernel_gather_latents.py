@@ -349,8 +349,8 @@ def test_compiles_without_a_break_for_any_batch(backend):
 def built(script: str) -> list:
     """What a script prints of launches that it builds for sm_90, a line of JSON each, in a process of its own."""
     preamble = """
-import json, re, subprocess, tempfile, triton
-from build_kernels import _TOOL, Card
+import json, re, triton
+from build_kernels import Card
 from lavish_fast.kernels import gather_latents
 
 triton.runtime.driver.set_active(Card(90))
@@ -379,36 +379,6 @@ for case, launch in cases:
     # Of each of the three tiles: in the forward logits and S; in the backward logits, dP, dL and two of dY.
     forward, backward = ["_gather_latents_fwd", 6, []], ["_gather_latents_bwd", 15, []]
     assert found == [forward, forward, backward]
-
-
-def test_no_build_reads_a_register_that_nothing_sets():
-    """As ptxas 12.8 has left descriptors of products in uniform registers, with every other number right."""
-    found = built(r"""
-def unset(sass):
-    read, written = set(), set()
-    for op, operands in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s+(.*?)\s*;", sass):
-        first, *others = operands.split(",")
-        sets = re.match("U|R2UR|S2UR|REDUX|VOTEU", op) and first.startswith("UR")
-        wide = 2 if ".64" in op or ".WIDE" in op else 1
-        if sets:
-            written |= {int(first[2:]) + i for i in range(wide)}
-        for operand in others if sets else (first, *others):
-            for kind, register in re.findall(r"(gdesc\[|desc\[)?UR(\d+)", operand):
-                span = range(2 if kind or (sets and ".64" in op) else 1)
-                if kind == "gdesc[":  # of both factors, or of the second alone if the first is in registers
-                    span = range(2 if others[0].strip().startswith("R") else 0, 4)
-                read |= {int(register) + i for i in span}
-    return sorted(read - written)
-
-for case, launch in cases:
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(build(launch)["cubin"])
-        file.flush()
-        done = subprocess.run([_TOOL, "--dump-sass", file.name], capture_output=True, text=True, check=True)
-    print(json.dumps([case, "HGMMA" in done.stdout, unset(done.stdout)]))
-""")
-    assert any(products for _, products, _ in found)
-    assert not [(case, registers) for case, _, registers in found if registers]
 
 
 def test_builds_for_each_card_within_its_limits():
