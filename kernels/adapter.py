@@ -152,6 +152,8 @@ def launches(
 def tiling(op: str, architecture: int, dtype: torch.dtype, N: int, C: int, D: int, groups: int) -> dict:
     """What the launches of the adapters' kernels have in common; op: whose tuning rows."""
     constants, _ = _tuning.row(op, architecture, dtype, C)
+    if not architecture:  # the interpreter, whose time goes by programs and tiles
+        constants |= {"BLOCK_N": 64, "CHUNK": 128}
     constants["BLOCK_N"] = min(constants["BLOCK_N"], block(N))
     constants["BLOCK_D"] = min(constants["BLOCK_D"], block(D // groups))
     constants["CHUNK"] = chunk(C // groups, constants["CHUNK"])
