@@ -236,9 +236,10 @@ def _tiling(m: int, N: int, C: int, dtype: torch.dtype, architecture: int, train
     # In float32 a tile is a sum of its own.
     tiles = _tiles(N, most, 64 if dtype == torch.float32 else 256)
     widest = constants.pop("chunk") // (sum(tiles) + M)
-    # Two blocks of channels at least: where both walks are straight-line code, Triton 3.6's ptxas, 12.8, has the second
-    # product's descriptors on sm_90 begin with a register that nothing sets. Wrong numbers and addresses followed.
-    block_c = min(256, 1 << (C - 1).bit_length() - 1, 1 << widest.bit_length() - 1)
+    # On sm_90 the ptxas of Triton 3.6, 12.8, has the second product's descriptors begin with a register that is set too
+    # late or never, and wrong numbers and addresses follow: where the walks have one trip, and where tokens and channels
+    # both come by 64. So blocks of 32 for up to 128 channels, and of fewer than C beyond.
+    block_c = min(32 if C <= 128 else 1 << (C - 1).bit_length() - 1, 256, 1 << widest.bit_length() - 1)
     if dtype == torch.float32:
         # Sums in two levels err the least with as many terms in either. A product takes 16 at least.
         block_c = min(block_c, 16 if C < 512 else 32)
