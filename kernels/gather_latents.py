@@ -237,8 +237,8 @@ def _tiling(m: int, N: int, C: int, dtype: torch.dtype, architecture: int, train
     tiles = _tiles(N, most, 64 if dtype == torch.float32 else 256)
     widest = constants.pop("chunk") // (sum(tiles) + M)
     # On sm_90 the ptxas of Triton 3.6, 12.8, has the second product's descriptors begin with a register that is set too
-    # late or never, and wrong numbers and addresses follow: where the walks have one trip, and where tokens and channels
-    # both come by 64. So blocks of 32 for up to 128 channels, and of fewer than C beyond.
+    # late or never, and wrong numbers and addresses follow: where the walks have one trip, and where tokens and
+    # channels both come by 64. So blocks of 32 for up to 128 channels, and of fewer than C beyond.
     block_c = min(32 if C <= 128 else 1 << (C - 1).bit_length() - 1, 256, 1 << widest.bit_length() - 1)
     if dtype == torch.float32:
         # Sums in two levels err the least with as many terms in either. A product takes 16 at least.
