@@ -42,25 +42,27 @@ class Card:
 
 
 def unset(sass: str) -> list[str]:
-    """Uniform registers that are read and set nowhere, with an instruction that reads them.
+    """Uniform registers that are read before anything sets them, with the first instruction that does.
 
-    ptxas 12.8 leaves one so where it derives the descriptors of several matrix products: they read other memory.
+    ptxas 12.8 has some such where it derives the descriptors of several matrix products, which then read other memory.
     """
-    written, read = set(), {}
+    written, found = set(), {}
     for text in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", sass):
         opcode, _, operands = text.partition(" ")
         wide = 4 if ".128" in opcode else 2 if re.search(r"\.64|\.WIDE", opcode) else 1
         target = re.match(r"\s*UR(\d+)\b", operands) if re.match(r"U|R2UR|S2UR|VOTEU|REDUX", opcode) else None
         if target:
-            written |= {int(target[1]) + i for i in range(wide)}
             operands = operands[target.end() :]
         for what, number in re.findall(r"(gdesc\[|desc\[)?UR(\d+)\b", operands):
             span = range(2 if what or (".64" in opcode and opcode.startswith("U")) else 1)
             if what == "gdesc[":  # of both factors, or of the second alone where the first is in registers
                 span = range(2 if re.match(r"\S+ R\d", operands) else 0, 4)
             for i in span:
-                read.setdefault(int(number) + i, text)
-    return [f"UR{number}: {read[number]}" for number in sorted(read.keys() - written)]
+                if int(number) + i not in written:
+                    found.setdefault(int(number) + i, text)
+        if target:
+            written |= {int(target[1]) + i for i in range(wide)}
+    return [f"UR{number}: {found[number]}" for number in sorted(found)]
 
 
 def _report(cubin: bytes) -> dict[str, Any]:
