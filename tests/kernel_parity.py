@@ -19,6 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lavish_fast.config import SwinV2Config
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # bytes that one program may have
 DTYPES = [
@@ -28,11 +30,17 @@ DTYPES = [
 ]
 
 
-def network_width(dtype: torch.dtype) -> int:
-    """Channels of the first of a small network's two stages, so that the kernels take both."""
-    if DEVICE == "cpu":
-        return 48
-    return 96 if dtype == torch.float32 else 192
+def small_backbone(dtype: torch.dtype) -> SwinV2Config:
+    """Wide enough for every kernel on streams of this type, with a shifted block and 4 windows in the first stage."""
+    width = 48 if DEVICE == "cpu" else 96 if dtype == torch.float32 else 192
+    return SwinV2Config(
+        img_size=32,
+        embed_dim=width,
+        depths=(2, 1),
+        num_heads=(3, 6),
+        window_size=4,
+        pretrained_window_sizes=(0, 0),
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernel_parity import DEVICE, DTYPES, network_width
+from kernel_parity import DEVICE, DTYPES, small_backbone
 from lavish_fast import Model, TrainingStep, explain, ops, optimize
 from lavish_fast.concatenated import Concatenated
 from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
@@ -224,14 +224,7 @@ def test_graphed_training(dtype):
 
 def fused_model(dtype=torch.float32):
     """Wide enough for every kernel on streams of this type, with a shifted block; float32 itself."""
-    backbone = SwinV2Config(
-        img_size=32,
-        embed_dim=network_width(dtype),
-        depths=(2, 1),
-        num_heads=(3, 6),
-        window_size=4,
-        pretrained_window_sizes=(0, 0),
-    )
+    backbone = small_backbone(dtype)
     return make(backbone=backbone, frames=1).to(DEVICE)
 
 

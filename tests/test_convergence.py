@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 
-from kernel_parity import DEVICE, network_width
+from kernel_parity import DEVICE, small_backbone
 from lavish_fast import Model, ops, optimize
-from lavish_fast.config import SwinV2Config
 from lavish_fast.tasks import ave
 from parity import randomise, relative_error, tiny_config, tiny_inputs
 
@@ -33,14 +32,7 @@ def steps(module, parameters, device=DEVICE) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_32_steps_through_the_kernels(dtype, limit):
     # Wide enough for every kernel, with a shifted block.
-    backbone = SwinV2Config(
-        img_size=32,
-        embed_dim=network_width(dtype),
-        depths=(2, 1),
-        num_heads=(3, 6),
-        window_size=4,
-        pretrained_window_sizes=(0, 0),
-    )
+    backbone = small_backbone(dtype)
     torch.manual_seed(0)
     model = randomise(Model(tiny_config(backbone=backbone))).to(DEVICE).train()
     other = copy.deepcopy(model)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from kernel_parity import DEVICE, DTYPES, network_width
+from kernel_parity import DEVICE, DTYPES, small_backbone
 from lavish_fast import Model, ops
 from lavish_fast.adapter import LavishAdapter
 from lavish_fast.concatenated import Linear
-from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
+from lavish_fast.config import AdapterConfig, ViTConfig
 from lavish_fast.inference import FoldedStep, Inference, PackedLinear
 from parity import AVE_GOLDENS, golden, randomise, relative_error, tiny_config, tiny_inputs
 
@@ -257,14 +257,7 @@ def test_fused_raises_the_reasons_of_the_ops():
 
 def fused_model(dtype=torch.float32, streams=None):
     """Wide enough for every kernel, with a shifted block and 16 and 4 windows' worth of tokens."""
-    backbone = SwinV2Config(
-        img_size=32,
-        embed_dim=network_width(streams or dtype),
-        depths=(2, 1),
-        num_heads=(3, 6),
-        window_size=4,
-        pretrained_window_sizes=(0, 0),
-    )
+    backbone = small_backbone(streams or dtype)
     torch.manual_seed(0)
     return randomise(Model(tiny_config(backbone=backbone, frames=1))).to(dtype).to(DEVICE).eval()
 
@@ -294,7 +287,7 @@ def test_the_kernels_in_a_network(dtype):
 
 @pytest.mark.parametrize("kind", ["model", "inference"])
 def test_fused_blocks_compile_without_a_graph_break(kind):
-    model, x = fused_model(), torch.randn(2, 64, network_width(torch.float32), device=DEVICE)
+    model, x = fused_model(), torch.randn(2, 64, small_backbone(torch.float32).embed_dim, device=DEVICE)
     block = Inference(model, fold=False, path="fused").blocks[1]  # the one with a shift
 
     def forward(x):
