@@ -3,11 +3,13 @@
 import pytest
 import timm
 import torch
+import torchvision
 from timm.models.resnet import Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 
+from lavish_fast import checkpoint
 from lavish_fast.adapter import BlockAdapters, LavishAdapter
-from lavish_fast.backbones.resnet import ResNet, ResNetConfig
+from lavish_fast.backbones.resnet import ResNet, ResNetConfig, own_names
 from lavish_fast.config import AdapterConfig
 from parity import randomise, relative_error
 
@@ -42,6 +44,7 @@ def test_each_stage_is_timms():
             x = ours.enter(i, x)
             y = getattr(theirs, f"layer{i + 1}")(y)
             assert x.shape == (2, (16 // 2**i) ** 2, width)
+            assert x.is_contiguous()  # a map in channels-last order, which the fused kernels take
             assert relative_error(x, y.flatten(2).mT) < 1e-5
 
 
@@ -124,6 +127,21 @@ def test_fresh_adapters_change_nothing_and_all_of_them_train(places):
     sum(ours.pool(x).square().sum() for x in adapted(ours, adapters, *images)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for at in adapters for p in at.parameters())
     assert all(p.grad is None for p in ours.parameters())
+
+
+def test_weights_of_torchvision():
+    torch.manual_seed(0)
+    theirs = randomise(torchvision.models.resnet50()).eval()
+    old = {k: t for k, t in theirs.state_dict().items() if not k.endswith("num_batches_tracked")}
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = torch.nn.Sequential(*list(theirs.children())[:-1])(images).flatten(1)
+        for state_dict in (theirs.state_dict(), old):
+            ours = ResNet(ResNetConfig(layers=(3, 4, 6, 3)))
+            checkpoint.load_strict(ours, own_names(state_dict), "backbone")
+            assert relative_error(ours(images), expected) < 1e-5
+    with pytest.raises(ValueError, match=r"missing layer3\.10\.bn1\.bias"):
+        checkpoint.load_strict(ResNet(ResNetConfig(layers=(3, 4, 23, 3))), own_names(old), "backbone")
 
 
 def test_images_that_are_not_square_are_refused():

@@ -9,9 +9,11 @@ with adapters at p2 a second step of the same kind would follow.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from timm.models.resnet import Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
@@ -54,8 +56,8 @@ class Boundary(Block):
 class ResNet(Backbone):
     """The frozen ResNet: (n, 3, S, S) images of any side to features (n, C). Its BatchNorms keep their statistics.
 
-    Streams are tokens (n, H * W, C), which lie in memory as a channels-last map. They do not carry H and W, so
-    images are square.
+    Streams are tokens (n, H * W, C), the same memory as a channels-last map. They do not carry H and W, so images are
+    square.
     """
 
     def __init__(self, config: ResNetConfig) -> None:
@@ -79,7 +81,7 @@ class ResNet(Backbone):
         for name in (*self.stem, *self.stages):
             self.add_module(name, getattr(network, name))
         self.blocks = nn.ModuleList(Boundary(0.0) for _ in self.stages)
-        self.eval()
+        self.eval().to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> ResNet:
         """Always in evaluation: BatchNorm on a batch's own statistics is another network."""
@@ -90,6 +92,7 @@ class ResNet(Backbone):
         if images.ndim != 4 or images.shape[2] != images.shape[3]:
             expected = f"(n, {self.config.in_chans}, S, S)"
             raise ValueError(f"images: expected square ones {expected}, got {tuple(images.shape)}")
+        images = images.contiguous(memory_format=torch.channels_last)
         for name in self.stem:
             images = getattr(self, name)(images)
         return _tokens(images)
@@ -102,6 +105,16 @@ class ResNet(Backbone):
     def pool(self, x: Tensor) -> Tensor:
         """(n, N, C) -> (n, C): the mean over the map."""
         return x.mean(1)
+
+
+def own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A trained ResNet's weights, of timm or torchvision, without the classifier.
+
+    torchvision's first files have no `num_batches_tracked`, which no frozen network reads: it is 0 for them.
+    """
+    kept = {name: value for name, value in state_dict.items() if not name.startswith("fc.")}
+    norms = [name.removesuffix("running_mean") for name in kept if name.endswith(".running_mean")]
+    return {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms} | kept
 
 
 def _tokens(x: Tensor) -> Tensor:
