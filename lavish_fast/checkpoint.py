@@ -124,7 +124,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: expected safetensors or a plain state dict, got an unreadable file: {reason}"
         ) from None
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model", "module"):
         if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
             tensors = tensors[wrapper]
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
@@ -185,42 +185,48 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def backbone_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a frozen backbone under timm's names.
+    """The weights of a frozen backbone, under the names that their source has.
 
     Args:
-        source: a state dict; the path of a file; "package:NAME" for weights that come with this package; or the
-            name of a timm model, whose pretrained weights are fetched.
+        source: a state dict; the path of a file; "package:NAME" for weights that come with this package; "hub:REPO" for
+            those of a Hugging Face repository; or the name of a timm model. The last two are fetched.
 
     Raises: ValueError or FileNotFoundError naming the source.
     """
     if isinstance(source, Mapping):
-        tensors = dict(source)
-    elif str(source).startswith("package:"):
-        name = str(source).removeprefix("package:")
+        return dict(source)
+    kind, _, name = str(source).rpartition(":")
+    if kind == "package":
         with resources.as_file(resources.files("lavish_fast") / "data" / f"{name}.safetensors") as path:
-            tensors = read_tensors(path)
-    elif Path(source).suffix in (".safetensors", ".pt", ".pth", ".bin") or os.sep in str(source):
-        tensors = read_tensors(source)
-    else:
-        tensors = _timm_tensors(str(source))
-    if any(key.startswith("layers.0.downsample.") for key in tensors):
-        tensors = from_official({f"swin.{key}": value for key, value in tensors.items()}, {})
-        tensors = {key.removeprefix("backbone."): value for key, value in tensors.items()}
-    dead = re.compile(rf"{_DEAD.pattern}|head\.|fc_norm\.")
-    return {key: value for key, value in tensors.items() if not dead.match(key)}
-
-
-def _timm_tensors(name: str) -> dict[str, Tensor]:
+            return read_tensors(path)
+    if kind == "hub":
+        return _fetched(source, lambda: read_tensors(_hub_file(name)))
+    if Path(source).suffix in (".safetensors", ".pt", ".pth", ".bin") or os.sep in str(source):
+        return read_tensors(source)
     import timm
 
     if not timm.is_model(name):
         raise ValueError(f"backbone: expected a file, or a timm model's name, got {name!r}")
+    return _fetched(source, lambda: timm.create_model(name, pretrained=True, num_classes=0).state_dict())
+
+
+def _hub_file(repo: str) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:
+        return hf_hub_download(repo, "model.safetensors")
+    except EntryNotFoundError:
+        return hf_hub_download(repo, "pytorch_model.bin")
+
+
+def _fetched(source: str, fetch: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    try:
+        return fetch()
+    except Exception as error:  # of the network, of the repository, of the file: each library has its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"backbone: expected to fetch the timm weights {name!r}, got: {reason}; without a network give a local file"
+            f"backbone: expected to fetch the weights {source!r}, got: {reason}; without a network give a local file"
         ) from None
 
 

@@ -45,6 +45,25 @@ AVE_CLASSES = (
     "background",
 )
 
+# UCF101's classes in the order of classInd.txt.
+UCF101_CLASSES = (
+    "ApplyEyeMakeup", "ApplyLipstick", "Archery", "BabyCrawling", "BalanceBeam", "BandMarching", "BaseballPitch",
+    "Basketball", "BasketballDunk", "BenchPress", "Biking", "Billiards", "BlowDryHair", "BlowingCandles",
+    "BodyWeightSquats", "Bowling", "BoxingPunchingBag", "BoxingSpeedBag", "BreastStroke", "BrushingTeeth",
+    "CleanAndJerk", "CliffDiving", "CricketBowling", "CricketShot", "CuttingInKitchen", "Diving", "Drumming",
+    "Fencing", "FieldHockeyPenalty", "FloorGymnastics", "FrisbeeCatch", "FrontCrawl", "GolfSwing", "Haircut",
+    "Hammering", "HammerThrow", "HandstandPushups", "HandstandWalking", "HeadMassage", "HighJump", "HorseRace",
+    "HorseRiding", "HulaHoop", "IceDancing", "JavelinThrow", "JugglingBalls", "JumpingJack", "JumpRope", "Kayaking",
+    "Knitting", "LongJump", "Lunges", "MilitaryParade", "Mixing", "MoppingFloor", "Nunchucks", "ParallelBars",
+    "PizzaTossing", "PlayingCello", "PlayingDaf", "PlayingDhol", "PlayingFlute", "PlayingGuitar", "PlayingPiano",
+    "PlayingSitar", "PlayingTabla", "PlayingViolin", "PoleVault", "PommelHorse", "PullUps", "Punch", "PushUps",
+    "Rafting", "RockClimbingIndoor", "RopeClimbing", "Rowing", "SalsaSpin", "ShavingBeard", "Shotput",
+    "SkateBoarding", "Skiing", "Skijet", "SkyDiving", "SoccerJuggling", "SoccerPenalty", "StillRings",
+    "SumoWrestling", "Surfing", "Swing", "TableTennisShot", "TaiChi", "TennisSwing", "ThrowDiscus",
+    "TrampolineJumping", "Typing", "UnevenBars", "VolleyballSpiking", "WalkingWithDog", "WallPushups",
+    "WritingOnBoard", "YoYo",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SwinV2Config:
@@ -101,7 +120,60 @@ class ViTConfig:
         return (self.embed_dim,) * self.depth
 
 
-BACKBONES = {c.kind: c for c in (SwinV2Config, ViTConfig)}
+@dataclass(frozen=True)
+class VideoMAEConfig:
+    """VideoMAE's ViT; frames and tubelet are the frames of a clip and of one token."""
+
+    kind: ClassVar[str] = "videomae"
+    img_size: int = 224
+    patch_size: int = 16
+    frames: int = 16
+    tubelet: int = 2
+    in_chans: int = 3
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    drop_path_rate: float = 0.0
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """Of each stage, here of the one, its blocks and its channels."""
+        return ((self.depth, self.embed_dim),)
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        """The number of channels of each block's stream, first block first."""
+        return (self.embed_dim,) * self.depth
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """A ResNet of bottlenecks, by the argument names and defaults of timm's `ResNet`; the default is ResNet-152.
+
+    img_size: the side of the frames; the network takes any. layers: bottlenecks a stage. channels: of each stage's
+    3x3 convolutions, a quarter of what the stage puts out.
+    """
+
+    kind: ClassVar[str] = "resnet"
+    img_size: int = 224
+    in_chans: int = 3
+    layers: tuple[int, ...] = (3, 8, 36, 3)
+    channels: tuple[int, ...] = (64, 128, 256, 512)
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """Of each stage its blocks, one place for adapters each, and its channels."""
+        return tuple((1, width) for width in self.block_widths)
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        """The number of channels of each stage's map, first stage first."""
+        return tuple(4 * width for width in self.channels)
+
+
+BackboneConfig = SwinV2Config | ViTConfig | VideoMAEConfig | ResNetConfig
+BACKBONES = {c.kind: c for c in (SwinV2Config, ViTConfig, VideoMAEConfig, ResNetConfig)}
 # timm arguments that change nothing here: the ImageNet head is never used, qkv_bias is True in every such model.
 _IGNORED_ARGUMENTS = {"num_classes", "global_pool"}
 _MUST_BE = {"qkv_bias": True, "class_token": True, "strict_img_size": True, "always_partition": False}
@@ -141,7 +213,8 @@ class SpectrogramConfig:
     """Kaldi log-mel filter banks of windows, one for each frame (AVE: protocol of the released data loader).
 
     A window of `window_seconds` at `sample_rate` gives about 188 frames of `mel_bins`, normalised as
-    (x - mean) / (2 std), then zero-padded to `frames` rows. Input to the model: (T, frames, mel_bins).
+    (x - mean) / (2 std), then zero-padded to `frames` rows. Input to the model: (T, frames, mel_bins). With
+    `window_seconds` 0 there is one spectrogram of the whole clip, of any length, averaged to `frames` rows.
     """
 
     sample_rate: int = 16000
@@ -160,6 +233,10 @@ AVS_SPECTROGRAM = SpectrogramConfig(
 )
 AVQA_SPECTROGRAM = SpectrogramConfig(
     window_seconds=1.95, frame_shift_ms=10.0, mean=-5.385333061218262, std=3.5928637981414795
+)
+# The whole clip as one picture of VideoMAE's size; mean and std of LAVISH's other spectrograms of 10 ms frames.
+ACTION_SPECTROGRAM = SpectrogramConfig(
+    window_seconds=0.0, mel_bins=224, frame_shift_ms=10.0, frames=224, mean=-4.1426, std=3.2001
 )
 
 
@@ -202,7 +279,7 @@ _CLASSES = {
     "ave": AVE_CLASSES,
     "avs": (),
     "avqa": tuple(f"answer {i}" for i in range(1, 43)),
-    "action": tuple(f"action {i}" for i in range(1, 102)),
+    "action": UCF101_CLASSES,
 }
 
 
@@ -217,7 +294,7 @@ class Config:
     path, or None for random. `classes` and `head` have the task's defaults.
     """
 
-    backbone: SwinV2Config | ViTConfig
+    backbone: BackboneConfig
     task: str = "ave"
     adapter: AdapterConfig = AdapterConfig()
     spectrogram: SpectrogramConfig = SpectrogramConfig()
@@ -261,6 +338,16 @@ class Config:
                     f"adapter: expected reduction * groups to divide every width, "
                     f"got {a.reduction} * {a.groups} and a width of {width}"
                 )
+        if self.backbone.kind == "resnet" and a.p2:
+            raise ValueError("adapter.p2: expected False for resnet, whose stages have one place, got True")
+        clip, seconds = self.backbone.kind == "videomae", self.spectrogram.window_seconds
+        if clip and (self.task != "action" or self.frames != self.backbone.frames or seconds):
+            raise ValueError(
+                f"backbone: expected videomae with the task action, its {self.backbone.frames} frames and a "
+                f"spectrogram of the whole clip (window_seconds 0), got {self.task}, {self.frames} frames and {seconds}"
+            )
+        if not clip and not seconds:
+            raise ValueError(f"spectrogram.window_seconds: expected a window for each frame, got {seconds}")
         if a.first_block and self.backbone.kind != "vit":
             raise ValueError(f"adapter.first_block: expected 0 for {self.backbone.kind}, got {a.first_block}")
         if not 0 <= a.first_block < len(self.backbone.block_widths):
@@ -275,8 +362,8 @@ class Config:
 
     @property
     def images(self) -> int:
-        """Images of a clip in each stream: action recognition has all of a clip's frames in one."""
-        return 1 if self.task == "action" else self.frames
+        """Images of a clip in each stream: VideoMAE takes all of a clip's frames as one."""
+        return 1 if self.backbone.kind == "videomae" else self.frames
 
     @property
     def width(self) -> int:
@@ -393,7 +480,7 @@ def _build(section: type, values: Any, where: str) -> Any:
     return section(**values)
 
 
-def _backbone_from_mapping(values: Mapping[str, Any]) -> SwinV2Config | ViTConfig:
+def _backbone_from_mapping(values: Mapping[str, Any]) -> BackboneConfig:
     if not isinstance(values, Mapping):
         raise ValueError(f"backbone: expected a mapping, got {type(values).__name__}")
     values = dict(values)
@@ -470,6 +557,18 @@ for _name, _config in _SWINS.items():
     _PRESETS[f"avqa-{_name}"] = dataclasses.replace(
         _config, task="avqa", adapter=_AVQA, spectrogram=AVQA_SPECTROGRAM, classes=None, head=None
     )
+_PRESETS["ave-resnet152"] = Config(
+    backbone=ResNetConfig(), adapter=AdapterConfig(p2=False), backbone_weights="resnet152.tv_in1k"
+)
+# 7.39 M trainable parameters in the adapters, the paper's Table 2.
+_PRESETS["action-videomae-base"] = Config(
+    backbone=VideoMAEConfig(),
+    task="action",
+    adapter=AdapterConfig(reduction=4),
+    spectrogram=ACTION_SPECTROGRAM,
+    frames=16,
+    backbone_weights="hub:MCG-NJU/videomae-base-finetuned-kinetics",
+)
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,8 @@ class Model(Network):
         """Loads the frozen backbone's weights and returns the model.
 
         Args:
-            source: the name of a timm model, a file, or a state dict with timm's names; without it the
-                configuration's `backbone_weights`.
+            source: the name of a timm model, "hub:REPO", a file, or a state dict; without it the configuration's
+                `backbone_weights`. Names are timm's, or those of VideoMAE's or Hugging Face's networks.
 
         Raises: ValueError or FileNotFoundError naming the source or the tensors that do not fit.
         """
@@ -169,7 +169,8 @@ class Model(Network):
         if source is None:
             raise ValueError("backbone: expected a timm model's name, a file or a state dict, got none")
         what = "backbone" if isinstance(source, Mapping) else f"backbone {source}"
-        checkpoint.load_strict(self.backbone, checkpoint.backbone_tensors(source), what)
+        tensors = backbones.own_names(self.config.backbone.kind, checkpoint.backbone_tensors(source))
+        checkpoint.load_strict(self.backbone, tensors, what)
         return self
 
     @classmethod

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lavish_fast import media
-from lavish_fast.adapter import BlockAdapters, LavishAdapter
-from lavish_fast.backbones.videomae import VideoMAE, VideoMAEConfig
-from lavish_fast.config import AdapterConfig, Config, SpectrogramConfig
+from lavish_fast import Model, media, optimize
+from lavish_fast.config import UCF101_CLASSES, AdapterConfig, Config, SpectrogramConfig, VideoMAEConfig
 from lavish_fast.tasks import action
 from parity import randomise, tiny_config
 from test_media import encode, film, tone
@@ -24,7 +22,7 @@ BACKBONE = VideoMAEConfig(img_size=32, patch_size=8, frames=4, embed_dim=32, dep
 
 
 def make_config(**changes):
-    values = {"backbone": BACKBONE, "adapter": AdapterConfig(reduction=4), "spectrogram": WHOLE}
+    values = {"task": "action", "backbone": BACKBONE, "adapter": AdapterConfig(reduction=4), "spectrogram": WHOLE}
     return Config(**(values | {"classes": CLASSES, "frames": 4} | changes))
 
 
@@ -45,7 +43,7 @@ def test_head_is_one_linear_map_video_first():
 
 
 def test_head_averages_over_the_pictures_of_a_clip():
-    head = action.Head(tiny_config()).double()  # three frames a clip
+    head = action.Head(tiny_config(task="action")).double()  # three frames a clip
     audio, video = torch.randn(2, 6, 32, dtype=torch.float64)
     features = torch.stack([torch.cat((video[i : i + 3].mean(0), audio[i : i + 3].mean(0))) for i in (0, 3)])
     torch.testing.assert_close(head(encoded(audio, video)), features @ head.fc.weight.T + head.fc.bias)
@@ -63,7 +61,7 @@ def test_inputs_of_videomae_are_one_clip_and_one_picture():
 
 def test_inputs_of_other_backbones_are_pictures():
     audio, video = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 3, 32, 32)
-    given = action.inputs(tiny_config(), audio, video)
+    given = action.inputs(tiny_config(task="action"), audio, video)
     assert torch.equal(given["video"][4], video[1, 1])
     assert given["audio"].shape == (6, 3, 32, 32)
     assert torch.equal(given["audio"][4], audio[1, 1].expand(3, 32, 32))
@@ -90,16 +88,17 @@ def test_other_inputs_are_refused(changes, message):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("make", "message"),
     [
-        (make_config(frames=8), "frames: expected the backbone's 4, got 8"),
-        (make_config(spectrogram=SpectrogramConfig()), "window_seconds: expected 0, .* beside videomae, got 1.0"),
-        (tiny_config(spectrogram=WHOLE), "window_seconds: expected a window for each frame beside swinv2, got 0.0"),
+        (lambda: make_config(frames=8), "expected videomae with .* its 4 frames .*, got action, 8 frames"),
+        (lambda: make_config(spectrogram=SpectrogramConfig()), r"a spectrogram of the whole clip .* and 1\.0"),
+        (lambda: make_config(task="ave"), "expected videomae with the task action, .* got ave"),
+        (lambda: tiny_config(task="action", spectrogram=WHOLE), r"expected a window for each frame, got 0\.0"),
     ],
 )
-def test_configurations_that_do_not_go_together_are_refused(config, message):
+def test_configurations_that_do_not_go_together_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        action.Head(config)
+        make()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -122,40 +121,24 @@ def test_importing_the_task_imports_no_decoder():
 
 def test_no_network_was_released():
     with pytest.raises(ValueError, match="got 'action', for which there is none"):
-        action.shapes_of({"head.weight": torch.zeros(1)})
-
-
-def network(seed=0):
-    """VideoMAE with adapters in every block and the head: what the model does, in five lines."""
-    config = make_config()
-    backbone = VideoMAE(BACKBONE).requires_grad_(False).eval()
-    names = [f"{stream}_{place}" for place in ("p1", "p2") for stream in ("audio", "video")]
-    adapters = [BlockAdapters({n: LavishAdapter(32, config.adapter) for n in names}) for _ in backbone.blocks]
-    head = action.Head(config)
-    for module in (backbone, *adapters, head):
-        randomise(module, seed)
-
-    def forward(audio, video):
-        xs = [backbone.embed(x) for x in action.inputs(config, audio, video).values()]
-        for block, at in zip(backbone.blocks, adapters, strict=True):
-            xs = at(block, xs)
-        return head(encoded(*(backbone.pool(x) for x in xs)))
-
-    return forward, torch.nn.ModuleList((*adapters, head))
+        action.fitted(make_config(), {})
 
 
 def test_streams_of_different_lengths_read_each_other_and_train():
-    forward, trained = network()
-    trained.eval()
+    model = randomise(Model(make_config())).eval()
     audio, video = torch.randn(2, 1, 32, 32), torch.randn(2, 4, 3, 32, 32)
     with torch.no_grad():
-        logits = forward(audio, video)
+        logits = model(audio, video)
         assert logits.shape == (2, 3)
-        torch.testing.assert_close(forward(audio[:1], video[:1]), logits[:1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(audio[:1], video[:1]), logits[:1], rtol=1e-4, atol=1e-5)
         for changed in ((audio.roll(1, 0), video), (audio, video.flip(1))):
-            assert (forward(*changed) - logits).abs().max() > 1e-3
-    trained.train()
-    action.loss(forward(audio, video), torch.tensor([0, 2])).backward()
+            assert (model(*changed) - logits).abs().max() > 1e-3
+        fast = optimize(model, compile=False)
+        torch.testing.assert_close(fast(audio, video), logits, rtol=1e-4, atol=1e-5)
+        assert fast(audio[:0], video[:0]).shape == (0, 3)
+    trained = torch.nn.ModuleList((model.adapters, model.head))
+    model.train()
+    action.loss(model(audio, video), torch.tensor([0, 2])).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in trained.parameters())
 
 
@@ -334,9 +317,9 @@ def test_a_broken_list_of_classes(tmp_path, text, message):
 
 
 def test_ucf101s_classes():
-    assert len(set(action.UCF101_CLASSES)) == 101
-    assert list(action.UCF101_CLASSES) == sorted(action.UCF101_CLASSES, key=str.lower)
-    assert [action.UCF101_CLASSES[i - 1] for i in (1, 23, 37, 48, 101)] == [
+    assert len(set(UCF101_CLASSES)) == 101
+    assert list(UCF101_CLASSES) == sorted(UCF101_CLASSES, key=str.lower)
+    assert [UCF101_CLASSES[i - 1] for i in (1, 23, 37, 48, 101)] == [
         *("ApplyEyeMakeup", "CricketBowling", "HandstandPushups", "JumpRope", "YoYo")
     ]
 
@@ -450,15 +433,15 @@ def test_verify_reports_what_is_in_two_splits(tmp_path):
 
 @pytest.mark.parametrize(("fold", "train", "test"), [(1, 9537, 3783), (2, 9586, 3734), (3, 9624, 3696)])
 def test_verify_knows_ucf101s_sizes(tmp_path, fold, train, test):
-    config = make_config(classes=action.UCF101_CLASSES)
-    names = [f"{action.UCF101_CLASSES[i % 101]}/v_{i}_g{i % 25 + 1:02}_c01.avi" for i in range(13320)]
-    write_lists(tmp_path, action.UCF101_CLASSES, fold, train=names[:train], test=names[train:])
+    config = make_config(classes=UCF101_CLASSES)
+    names = [f"{UCF101_CLASSES[i % 101]}/v_{i}_g{i % 25 + 1:02}_c01.avi" for i in range(13320)]
+    write_lists(tmp_path, UCF101_CLASSES, fold, train=names[:train], test=names[train:])
     report = action.verify(tmp_path, config, fold=fold)
     assert not any("UCF101 has" in note for note in report.notes)
     assert report.splits["train"] + report.splits["val"] == train
     assert len(report.missing["test"]) == test
     assert max(map(len, str(report).splitlines())) < 300
-    write_lists(tmp_path, action.UCF101_CLASSES, fold, train=names[1:train], test=names[train:])
+    write_lists(tmp_path, UCF101_CLASSES, fold, train=names[1:train], test=names[train:])
     notes = action.verify(tmp_path, config, fold=fold).notes
     assert f"train list: UCF101 has {train}, got {train - 1}" in notes
     assert "clips: UCF101 has 13320, got 13319" in notes

@@ -9,8 +9,8 @@ from timm.models.resnet import ResNet as TimmResNet
 
 from lavish_fast import checkpoint
 from lavish_fast.adapter import BlockAdapters, LavishAdapter
-from lavish_fast.backbones.resnet import ResNet, ResNetConfig, own_names
-from lavish_fast.config import AdapterConfig
+from lavish_fast.backbones.resnet import ResNet, own_names
+from lavish_fast.config import AdapterConfig, ResNetConfig
 from parity import randomise, relative_error
 
 SMALL = ResNetConfig(img_size=64, layers=(1, 2, 3, 1), channels=(8, 8, 16, 24))
@@ -66,7 +66,7 @@ def test_names_and_number_of_parameters():
         theirs = timm.create_model("resnet152.tv_in1k", num_classes=0)
     assert {k: t.shape for k, t in ours.state_dict().items()} == {k: t.shape for k, t in theirs.state_dict().items()}
     assert sum(p.numel() for p in ours.parameters()) == 58_143_808
-    assert ours.config.block_widths == ours.config.stage_widths == (256, 512, 1024, 2048)
+    assert ours.config.block_widths == (256, 512, 1024, 2048)
     assert len(ours.blocks) == 4
 
 

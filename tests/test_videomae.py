@@ -12,8 +12,8 @@ from timm.models.vision_transformer import Block as TimmBlock
 
 from lavish_fast import Config, backbones, checkpoint
 from lavish_fast.adapter import LavishAdapter
-from lavish_fast.backbones.videomae import VideoMAE, VideoMAEConfig, own_names, positions
-from lavish_fast.config import AdapterConfig
+from lavish_fast.backbones.videomae import VideoMAE, own_names, positions
+from lavish_fast.config import AdapterConfig, VideoMAEConfig
 from parity import randomise, relative_error
 
 SMALL = VideoMAEConfig(img_size=32, patch_size=8, frames=4, embed_dim=24, depth=2, num_heads=3)
@@ -218,7 +218,7 @@ def test_videomae_base_has_86_2_million_parameters():
     # 86,227,200 of the authors' network without its classifier, and the keys' zero biases.
     assert count(backbone) == 86_227_200 + 12 * 768
     assert backbone.config.block_widths == (768,) * 12
-    assert backbone.config.stage_widths == (768,)
+    assert backbone.config.stages == ((12, 768),)
 
 
 def test_its_adapters_have_7_39_million_parameters():

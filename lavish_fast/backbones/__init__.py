@@ -6,12 +6,15 @@ Each has `embed(images)`, `blocks` (a flat list of `Block`), `enter(i, x)` (what
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lavish_fast.config import SwinV2Config, ViTConfig
+from lavish_fast.config import BackboneConfig
 
+_MODULES = {"swinv2": "swin_v2", "vit": "vit", "videomae": "videomae", "resnet": "resnet"}
 PLACES = ("p1", "p2")  # beside the attention, beside the MLP
 
 
@@ -65,13 +68,16 @@ class Backbone(nn.Module):
         return self.finish(x)
 
 
-def build(config: SwinV2Config | ViTConfig) -> Backbone:
+def build(config: BackboneConfig) -> Backbone:
     """The backbone of a configuration, randomly initialised and frozen."""
-    if config.kind == "vit":
-        from lavish_fast.backbones.vit import ViT as backbone
-    else:
-        from lavish_fast.backbones.swin_v2 import SwinV2 as backbone
-    return backbone(config).requires_grad_(False)
+    module = importlib.import_module(f"lavish_fast.backbones.{_MODULES[config.kind]}")
+    return getattr(module, type(config).__name__.removesuffix("Config"))(config).requires_grad_(False)
+
+
+def own_names(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Pretrained weights, in any of the names that they are published with, under the names of our backbone."""
+    module = importlib.import_module(f"lavish_fast.backbones.{_MODULES[kind]}")
+    return module.own_names(tensors)
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

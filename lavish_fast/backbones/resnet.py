@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from timm.models.resnet import Bottleneck
@@ -19,31 +17,7 @@ from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
 
 from lavish_fast.backbones import Backbone, Block
-
-
-@dataclass(frozen=True)
-class ResNetConfig:
-    """A ResNet of bottlenecks, by the argument names and defaults of timm's `ResNet`; the default is ResNet-152.
-
-    img_size: the side of the frames; the network takes any. layers: bottlenecks a stage. channels: of each stage's
-    3x3 convolutions, a quarter of what the stage puts out.
-    """
-
-    kind: ClassVar[str] = "resnet"
-    img_size: int = 224
-    in_chans: int = 3
-    layers: tuple[int, ...] = (3, 8, 36, 3)
-    channels: tuple[int, ...] = (64, 128, 256, 512)
-
-    @property
-    def block_widths(self) -> tuple[int, ...]:
-        """The number of channels of each stage's map, first stage first."""
-        return tuple(4 * width for width in self.channels)
-
-    @property
-    def stage_widths(self) -> tuple[int, ...]:
-        """The number of channels at the end of each stage."""
-        return self.block_widths
+from lavish_fast.config import ResNetConfig
 
 
 class Boundary(Block):
@@ -101,6 +75,10 @@ class ResNet(Backbone):
         """A stream through stage i: (n, N, C) -> (n, N', C')."""
         side = math.isqrt(x.shape[1])
         return _tokens(getattr(self, self.stages[i])(x.mT.unflatten(2, (side, side))))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """(n, N, C) as it is."""
+        return x
 
     def pool(self, x: Tensor) -> Tensor:
         """(n, N, C) -> (n, C): the mean over the map."""

@@ -7,6 +7,8 @@ It is made anew when weights are loaded or the module moves to another device or
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -208,6 +210,19 @@ class SwinV2(Backbone):
     def pool(self, x: Tensor) -> Tensor:
         """(n, N, C) -> (n, C): the mean over tokens."""
         return x.mean(1)
+
+
+def own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of timm's Swin-V2 of any version, without the classifier and what follows from the others.
+
+    Up to version 0.6 patch merging is at the end of a stage, later at the start of the next.
+    """
+    unused = re.compile(r"(.*\.)?(relative_(coords_table|position_index)|attn_mask|k_bias)$|head\.")
+    kept = {name: value for name, value in state_dict.items() if not unused.match(name)}
+    if any(name.startswith("layers.0.downsample.") for name in kept):
+        stage = re.compile(r"layers\.(\d+)(?=\.downsample\.)")
+        kept = {stage.sub(lambda match: f"layers.{int(match[1]) + 1}", name): value for name, value in kept.items()}
+    return kept
 
 
 def _init(module: nn.Module) -> None:

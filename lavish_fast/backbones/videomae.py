@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,33 +16,7 @@ from torch import Tensor, nn
 
 from lavish_fast.backbones import Backbone, drop_path_rates
 from lavish_fast.backbones.vit import Block
-
-
-@dataclass(frozen=True)
-class VideoMAEConfig:
-    """VideoMAE's ViT; frames and tubelet are the frames of a clip and of one token."""
-
-    kind: ClassVar[str] = "videomae"
-    img_size: int = 224
-    patch_size: int = 16
-    frames: int = 16
-    tubelet: int = 2
-    in_chans: int = 3
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    drop_path_rate: float = 0.0
-
-    @property
-    def block_widths(self) -> tuple[int, ...]:
-        """The number of channels of each block's stream, first block first."""
-        return (self.embed_dim,) * self.depth
-
-    @property
-    def stage_widths(self) -> tuple[int, ...]:
-        """The number of channels at the end of each stage."""
-        return (self.embed_dim,)
+from lavish_fast.config import VideoMAEConfig
 
 
 class PatchEmbed(nn.Module):
@@ -110,6 +82,10 @@ class VideoMAE(Backbone):
         return F.interpolate(square, (rows, columns), mode="bilinear", align_corners=False).flatten(2).mT
 
     def enter(self, i: int, x: Tensor) -> Tensor:
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """(n, N, C) as it is: the norm comes after the mean."""
         return x
 
     def pool(self, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,6 +89,11 @@ class ViT(Backbone):
     def pool(self, x: Tensor) -> Tensor:
         """(n, N + 1, C) -> (n, C): the cls token."""
         return x[:, 0]
+
+
+def own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of timm's ViT, without the classifier."""
+    return {name: value for name, value in state_dict.items() if not name.startswith(("head.", "fc_norm."))}
 
 
 def _init(module: nn.Module) -> None:

@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavish_fast.config import Config, SpectrogramConfig
+from lavish_fast.config import UCF101_CLASSES, Config
+from lavish_fast.tasks import some
 
 if TYPE_CHECKING:
     from lavish_fast.backbones import Encoded
@@ -39,64 +40,26 @@ SPLITS = ("train", "val", "test")
 FOLDS = (1, 2, 3)
 VAL_GROUPS = (24, 25)
 
-# UCF101's classes in the order of classInd.txt.
-UCF101_CLASSES = (
-    "ApplyEyeMakeup", "ApplyLipstick", "Archery", "BabyCrawling", "BalanceBeam", "BandMarching", "BaseballPitch",
-    "Basketball", "BasketballDunk", "BenchPress", "Biking", "Billiards", "BlowDryHair", "BlowingCandles",
-    "BodyWeightSquats", "Bowling", "BoxingPunchingBag", "BoxingSpeedBag", "BreastStroke", "BrushingTeeth",
-    "CleanAndJerk", "CliffDiving", "CricketBowling", "CricketShot", "CuttingInKitchen", "Diving", "Drumming",
-    "Fencing", "FieldHockeyPenalty", "FloorGymnastics", "FrisbeeCatch", "FrontCrawl", "GolfSwing", "Haircut",
-    "Hammering", "HammerThrow", "HandstandPushups", "HandstandWalking", "HeadMassage", "HighJump", "HorseRace",
-    "HorseRiding", "HulaHoop", "IceDancing", "JavelinThrow", "JugglingBalls", "JumpingJack", "JumpRope", "Kayaking",
-    "Knitting", "LongJump", "Lunges", "MilitaryParade", "Mixing", "MoppingFloor", "Nunchucks", "ParallelBars",
-    "PizzaTossing", "PlayingCello", "PlayingDaf", "PlayingDhol", "PlayingFlute", "PlayingGuitar", "PlayingPiano",
-    "PlayingSitar", "PlayingTabla", "PlayingViolin", "PoleVault", "PommelHorse", "PullUps", "Punch", "PushUps",
-    "Rafting", "RockClimbingIndoor", "RopeClimbing", "Rowing", "SalsaSpin", "ShavingBeard", "Shotput",
-    "SkateBoarding", "Skiing", "Skijet", "SkyDiving", "SoccerJuggling", "SoccerPenalty", "StillRings",
-    "SumoWrestling", "Surfing", "Swing", "TableTennisShot", "TaiChi", "TennisSwing", "ThrowDiscus",
-    "TrampolineJumping", "Typing", "UnevenBars", "VolleyballSpiking", "WalkingWithDog", "WallPushups",
-    "WritingOnBoard", "YoYo",
-)  # fmt: skip
-# The whole clip as one picture of VideoMAE's size; mean and std of LAVISH's other spectrograms of 10 ms frames.
-SPECTROGRAM = SpectrogramConfig(
-    window_seconds=0.0, mel_bins=224, frame_shift_ms=10.0, frames=224, mean=-4.1426, std=3.2001
-)
-
 _UCF101_CLIPS = 13320
 _UCF101_LISTS = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # clips to train and to test on, by fold
 _LISTS = "ucfTrainTestlist"
 
-HEAD_NAMES: dict[str, str] = {}
+HEAD_NAMES: dict[str, str | None] = {}
 
 
-def shapes_of(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+def fitted(config: Config, tensors: Mapping[str, Tensor]) -> Config:
     """Raises: ValueError; there is no released network for action recognition."""
     raise ValueError("task: expected one with a released network, got 'action', for which there is none")
-
-
-def images_per_clip(config: Config) -> int:
-    """How many images of each stream a clip is to the backbone: 1 for VideoMAE, T for a backbone of pictures.
-
-    Raises: ValueError for frames or spectrograms that do not go with the backbone.
-    """
-    clip = config.backbone.kind == "videomae"
-    if clip and config.frames != config.backbone.frames:
-        raise ValueError(f"frames: expected the backbone's {config.backbone.frames}, got {config.frames}")
-    seconds = config.spectrogram.window_seconds
-    if clip and seconds:
-        raise ValueError(f"spectrogram.window_seconds: expected 0, the whole clip, beside videomae, got {seconds}")
-    if not clip and not seconds:
-        kind = config.backbone.kind
-        raise ValueError(f"spectrogram.window_seconds: expected a window for each frame beside {kind}, got {seconds}")
-    return 1 if clip else config.frames
 
 
 class Head(nn.Module):
     """One linear map of both streams' features, video first, averaged over the images of a clip."""
 
+    reads_stages = False
+
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.images = images_per_clip(config)
+        self.images = config.images
         self.fc = nn.Linear(len(config.streams) * config.width, len(config.classes))
 
     def forward(self, encoded: Encoded) -> Tensor:
@@ -117,7 +80,7 @@ def inputs(config: Config, audio: Tensor | None = None, video: Tensor | None = N
 
     Raises: ValueError naming the input, what was expected and what came.
     """
-    count, side, spectrogram = images_per_clip(config), config.backbone.img_size, config.spectrogram
+    count, side, spectrogram = config.images, config.backbone.img_size, config.spectrogram
     shapes = {"audio": (count, spectrogram.frames, spectrogram.mel_bins), "video": (config.frames, 3, side, side)}
     given = {"audio": audio, "video": video}
     for stream in config.streams:
@@ -135,6 +98,11 @@ def inputs(config: Config, audio: Tensor | None = None, video: Tensor | None = N
     if "video" in config.streams:
         found["video"] = video.transpose(1, 2) if config.backbone.kind == "videomae" else video.flatten(0, 1)
     return found
+
+
+def kept(outputs: Tensor, clips: int) -> Tensor:
+    """What evaluation keeps of each clip: probabilities (clips, K), float32."""
+    return outputs.float().softmax(-1)
 
 
 def loss(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -289,7 +257,6 @@ class Dataset(torch.utils.data.Dataset):
         self.root = Path(root)
         self.config = config
         self.antialias = antialias
-        images_per_clip(config)
         classes = classes_of(self.root)
         if problem := _class_problem(classes, config):
             raise ValueError(f"{self.root}: {problem}")
@@ -299,6 +266,10 @@ class Dataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def metric(self) -> Metric:
+        """What the split is measured by."""
+        return Metric()
 
     def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
         from lavish_fast.media import MediaError
@@ -405,7 +376,7 @@ def verify(
     missing = {split: tuple(row.id for row in rows if row not in there) for split, rows in splits.items()}
     for split, absent in missing.items():
         if absent:
-            problems.append(f"{split}: {len(absent)} of {len(splits[split])} clips have no file: {_some(absent)}")
+            problems.append(f"{split}: {len(absent)} of {len(splits[split])} clips have no file: {some(absent)}")
     undecodable, silent = [], None
     if decode:
         from lavish_fast.media import SILENCE, MediaError, load_clips
@@ -420,19 +391,19 @@ def verify(
                 silent.append(ids[path])
             warned += [message for message in clip.warnings if not message.endswith(SILENCE)]
         if silent:
-            notes.append(f"{len(silent)} of {len(ids)} clips have no sound, {SILENCE}: {_some(silent)}")
+            notes.append(f"{len(silent)} of {len(ids)} clips have no sound, {SILENCE}: {some(silent)}")
         if warned:
-            notes.append(f"{len(warned)} warnings: {_some(warned)}")
+            notes.append(f"{len(warned)} warnings: {some(warned)}")
     problems += undecodable
 
     for a, b in combinations(splits, 2):
         shared = set(splits[b])
         if both := [row.id for row in splits[a] if row in shared]:
-            problems.append(f"{len(both)} clips are in {a} and {b}: {_some(both)}")
+            problems.append(f"{len(both)} clips are in {a} and {b}: {some(both)}")
             continue
         sources = {(row.category, row.group) for row in splits[b] if row.group is not None}
         if near := [row.id for row in splits[a] if (row.category, row.group) in sources]:
-            notes.append(f"{len(near)} clips of {a} are of a group that is also in {b}: {_some(near)}")
+            notes.append(f"{len(near)} clips of {a} are of a group that is also in {b}: {some(near)}")
     if config.classes == UCF101_CLASSES:
         train, test = _UCF101_LISTS[fold]
         sizes = {"classes": (101, len(classes)), "train list": (train, listed.get("train", 0))}
@@ -539,7 +510,7 @@ def _class_problem(classes: tuple[str, ...], config: Config) -> str | None:
     if classes == config.classes:
         return None
     if len(classes) != len(config.classes):
-        return f"classes: expected the configuration's {len(config.classes)}, got {len(classes)}: {_some(classes)}"
+        return f"classes: expected the configuration's {len(config.classes)}, got {len(classes)}: {some(classes)}"
     index, (a, b) = next((i, pair) for i, pair in enumerate(zip(config.classes, classes)) if pair[0] != pair[1])
     return f"classes: expected the configuration's, number {index + 1} {a!r}, got {b!r}"
 
@@ -552,7 +523,3 @@ def _media_path(root: Path, row: Row) -> Path:
 def _media_options(config: Config) -> dict[str, Any]:
     options = {"frames": config.frames, "img_size": config.backbone.img_size, "spectrogram": config.spectrogram}
     return options | {"frame_rate": None}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
