@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import wave
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lavish_fast import backbones, checkpoint, media
-from lavish_fast.adapter import BlockAdapters, LavishAdapter
-from lavish_fast.config import AVQAConfig
+from lavish_fast import Model, checkpoint, media, optimize, training
+from lavish_fast.backbones import Encoded
+from lavish_fast.config import AVQAConfig, TrainConfig
 from lavish_fast.tasks import avqa
 from lavish_fast.tasks import avqa_questions as words_of
 from parity import golden, randomise, relative_error, tiny_config
 
-Encoded = namedtuple("Encoded", "stages pooled")
 OUTPUTS = ("out_qa", "out_match_posi", "out_match_nega")
 WORDS = ("<pad>", "Is", "the", "first", "more than", "left", "Left", "acoustic_guitar", "video", "How", "is", "")
 
@@ -47,89 +45,107 @@ def head_inputs(config, clips=2, frames=3, places=4, dtype=torch.float64, seed=1
     generator = torch.Generator().manual_seed(seed)
     shape = (clips * frames, places, config.width)
     streams = [torch.randn(shape, generator=generator).to(dtype) for _ in config.streams]
-    negative = torch.randn(shape, generator=generator).to(dtype) if len(streams) == 2 else None
+    encoded = Encoded([streams], [x.mean(1) for x in streams])
     question = torch.randint(len(config.head.words), (clips, config.head.length), generator=generator)
-    return Encoded([streams], [x.mean(1) for x in streams]), negative, question
+    if len(streams) == 1:
+        return encoded, question
+    return encoded, torch.randn(shape, generator=generator).to(dtype), question
 
 
 # Parity with the released network
 
 
-class Network(torch.nn.Module):
-    """Frozen backbone, adapters and the head, put together by hand."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.backbone = backbones.build(config.backbone)
-        self.adapters = torch.nn.ModuleList(
-            BlockAdapters(
-                {
-                    f"{stream}_{place}": LavishAdapter(width, config.adapter)
-                    for place in backbones.PLACES
-                    for stream in config.streams
-                }
-            )
-            for width in config.backbone.block_widths
-        )
-        self.head = avqa.Head(config)
-
-    def forward(self, *args):
-        given = avqa.inputs(self.config, *args)
-        xs = [self.backbone.embed(given[stream]) for stream in self.config.streams]
-        negative = self.backbone.embed(given["negative"])
-        for i, block in enumerate(self.backbone.blocks):
-            xs = self.adapters[i](block, [self.backbone.enter(i, x) for x in xs])
-            negative = self.backbone.enter(i, negative)
-            for place in backbones.PLACES:
-                negative = negative + block.finish(place, block.branch(place, negative))
-        xs = [self.backbone.norm(x) for x in xs]
-        encoded = Encoded([xs], [x.mean(1) for x in xs])
-        return self.head(encoded, self.backbone.norm(negative), given["question"])
-
-
-def released(state_dict):
-    """The golden's state dict under our names, by the tables of the head."""
-    tensors = {}
-    for name, tensor in checkpoint.from_official(state_dict).items():
-        known = [module for module in avqa.HEAD_NAMES if name.startswith(f"{module}.")]
-        if any(name.startswith(f"{module}.") for module in avqa.DEAD):
-            assert not known
-            continue
-        for module in known:
-            name = f"head.{avqa.HEAD_NAMES[module]}{name.removeprefix(module)}"
-        tensors[name] = tensor
-    return tensors
-
-
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 def test_golden(dtype, limit, record_property):
-    released_run = golden("avqa")
-    network = Network(released_run.config)
-    checkpoint.load_strict(network, released(released_run.state_dict), "golden")
-    network.to(dtype).eval()
-    given = [released_run.input[name].to(dtype) for name in ("audio", "visual_posi", "visual_nega")]
+    run = golden("avqa")
+    model = run.model(dtype).eval()
+    given = [run.input[name].to(dtype) for name in ("audio", "visual_posi", "visual_nega")]
     with torch.no_grad():
-        outputs = network(*given, released_run.input["question"])
+        outputs = model(*given, run.input["question"])
+        without = model(given[0], given[1], question=run.input["question"])
     for name, got in zip(OUTPUTS, outputs, strict=True):
-        error = relative_error(got, released_run.expect[name])
+        error = relative_error(got, run.expect[name])
         record_property(f"{name} {dtype}", error)
         assert error <= limit, (name, error)
+    assert torch.equal(without[0], outputs[0])
+    assert without[2].shape == (0, 2)
 
 
 def test_names_of_the_released_head_are_invertible_and_complete():
-    assert len(set(avqa.HEAD_NAMES.values())) == len(avqa.HEAD_NAMES)
+    ours = [name for name in avqa.HEAD_NAMES.values() if name is not None]
+    assert len(set(ours)) == len(ours)
     names = {name.rsplit(".", 1)[0] for name, _ in make_head(make_config()).named_parameters()}
-    assert {name.removesuffix(".out_proj") for name in names} == set(avqa.HEAD_NAMES.values())
+    assert {name.removesuffix(".out_proj") for name in names} == set(ours)
 
 
-def test_sizes_are_read_from_the_released_state_dict():
-    state_dict = {"question_encoder.word2vec.weight": torch.zeros(93, 512), "fc_ans.weight": torch.zeros(42, 512)}
-    shapes = avqa.shapes_of(state_dict)
-    assert (len(shapes["words"]), len(shapes["classes"]), shapes["width"]) == (93, 42, 512)
-    assert shapes["words"][:2] == ("<pad>", "word 1")
-    with pytest.raises(ValueError, match=r"official state dict: expected fc_ans\.weight, got none"):
-        avqa.shapes_of({"question_encoder.word2vec.weight": torch.zeros(93, 512)})
+def test_sizes_are_read_from_the_tensors():
+    config = make_config()
+    tensors = {f"head.{name}": x for name, x in make_head(config).state_dict().items()}
+    assert avqa.fitted(config, tensors) == config
+    assert avqa.fitted(config, {}) == config
+    tensors |= {"head.question.words.weight": torch.zeros(93, 512), "head.answer.weight": torch.zeros(42, 512)}
+    fitted = avqa.fitted(config, tensors)
+    assert (len(fitted.head.words), fitted.head.width, len(fitted.classes)) == (93, 512, 42)
+    assert fitted.head.words[:2] == ("<pad>", "word 1")
+    assert fitted.head.length == config.head.length
+
+
+def test_kept_are_the_answers_probabilities():
+    answer = torch.randn(2, 4, dtype=torch.bfloat16)
+    kept = avqa.kept((answer, torch.zeros(6, 2), torch.zeros(0, 2)), 2)
+    torch.testing.assert_close(kept, answer.float().softmax(1))
+
+
+def test_official_names_round_trip():
+    run = golden("avqa")
+    official = checkpoint.to_official(run.model(torch.float32).state_dict(), "swinv2", avqa.HEAD_NAMES)
+    unread = {name for name in run.state_dict if avqa.HEAD_NAMES.get(name.rsplit(".", 1)[0], "") is None}
+    head = [name for name in run.state_dict if not re.match(r"swin\.|(audio|vis)_adapter", name)]
+    assert len(unread) == 18
+    assert {name for name in head if name in official} == set(head) - unread
+    assert all(torch.equal(official[name], run.state_dict[name].float()) for name in set(head) - unread)
+
+
+# The model
+
+
+def make_model(config, seed=0):
+    torch.manual_seed(seed)
+    return randomise(Model(config), seed).eval()
+
+
+def test_negative_frames_meet_no_adapter_and_give_no_gradient():
+    given = call()
+    given["negative"].requires_grad_()
+    statistics = []
+    for negative in (given["negative"], None):
+        model = make_model(make_config()).train()
+        loss = avqa.loss(model(**(given | {"negative": negative})), torch.tensor([1, 3]))
+        statistics.append([x for name, x in model.named_buffers() if "running" in name])
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for _, p in model.trainable_parameters())
+        assert all(p.grad is None for p in model.backbone.parameters())
+    assert given["negative"].grad is None
+    assert len(statistics[0])
+    assert all(torch.equal(x, y) for x, y in zip(*statistics, strict=True))
+
+
+@pytest.mark.parametrize("modality", ["audio+video", "video", "audio"])
+def test_optimized_models_give_the_same(modality):
+    model = make_model(make_config(modality=modality))
+    given = call()
+    with torch.no_grad():
+        expected = model(**given)
+    for got, want in zip(optimize(model, compile=False)(**given), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_models_come_back_with_their_vocabulary(tmp_path):
+    model = make_model(make_config())
+    model.save_pretrained(tmp_path)
+    again = Model.from_pretrained(tmp_path, backbone=model.backbone.state_dict())
+    assert again.config == model.config
+    assert torch.equal(again(**call())[0], model(**call())[0])
 
 
 # The head
@@ -205,7 +221,7 @@ def test_without_negative_frames_the_rest_is_the_same():
     head = make_head(config)
     encoded, negative, question = head_inputs(config)
     answer, positive, wrong = head(encoded, negative, question)
-    got = head(encoded, None, question)
+    got = head(encoded, question)
     assert torch.equal(got[0], answer)
     assert torch.equal(got[1], positive)
     assert wrong.shape == (6, 2)
@@ -232,8 +248,8 @@ def test_one_modality_variants():
         config = make_config(modality=modality)
         head = make_head(config)
         assert not any(name.startswith((absent, f"read.{absent}", "match")) for name, _ in head.named_parameters())
-        encoded, negative, question = head_inputs(config)
-        answer, *matches = head(encoded, negative, question)
+        encoded, question = head_inputs(config)
+        answer, *matches = head(encoded, question)
         assert answer.shape == (2, 4)
         assert [tuple(x.shape) for x in matches] == [(0, 2), (0, 2)]
         labels = torch.tensor([3, 0])
@@ -284,6 +300,11 @@ def test_dropout_is_in_training_only():
     assert not torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])  # nothing is dropped on the way to the match
     assert [m.p for m in head.modules() if isinstance(m, torch.nn.Dropout)] == [0.1, 0.1]
+    dropped = []
+    for reading in head.read.values():
+        reading.dropout.register_forward_hook(lambda module, args, out: dropped.append((args[0] >= 0).all().item()))
+    head(*given)
+    assert dropped == [True, False] * 2  # after the ReLU and after the second map, of each stream
     assert [m.dropout for m in head.modules() if isinstance(m, torch.nn.MultiheadAttention)] == [0.1, 0.1]
 
 
@@ -295,6 +316,12 @@ def test_the_head_compiles_without_a_break():
     compiled = torch.compile(head, fullgraph=True, backend="eager")
     for got, expected in zip(compiled(*given), head(*given)):
         torch.testing.assert_close(got, expected)
+
+
+def test_no_clips_give_no_answers():
+    config = make_config()
+    encoded, negative, question = head_inputs(config, clips=0)
+    assert [tuple(x.shape) for x in make_head(config)(encoded, negative, question)] == [(0, 4), (0, 2), (0, 2)]
 
 
 @pytest.mark.parametrize("extreme", ["zeros", "large", "nan in one clip"])
@@ -421,6 +448,7 @@ def test_accuracy_equals_counting_by_hand_whatever_the_batches(seed):
     for kind in words_of.TYPES:
         expected[f"{kind[0]} {kind[1]}".lower()] = share(lambda k, kind=kind: k == kind)
     expected = {name: value for name, value in expected.items() if value is not None}
+    expected |= {"correct": sum(right.values()), "total": count}
 
     order = list(range(count))
     for size in (1, 2, 3, 7):
@@ -443,7 +471,8 @@ def test_types_are_pooled_and_not_averaged():
     assert math.isnan(metric.results()["accuracy"])
     metric.update(torch.eye(3), torch.tensor([0, 1, 0]), ("1", "2", "3"))
     results = metric.results()
-    assert results == {"accuracy": 2 / 3, "audio": 2 / 3, "audio counting": 1.0, "audio comparative": 0.5}
+    shares = {"accuracy": 2 / 3, "audio": 2 / 3, "audio counting": 1.0, "audio comparative": 0.5}
+    assert results == shares | {"correct": 2, "total": 3}
     with pytest.raises(ValueError, match="ids: expected those of questions whose type is known, got 4"):
         metric.update(torch.eye(3), torch.tensor([0, 1, 0]), ("1", "4", "3"))
     with pytest.raises(ValueError, match=r"logits: expected \(B, K\) for 2 questions .* got \(3, 3\)"):
@@ -770,7 +799,7 @@ def test_with_extracted_frames_each_negative_frame_is_a_picture_of_another_video
     for shade, name in zip((20, 80, 140), "abc"):
         (data / "videos" / f"{name}.mp4").unlink()
         write_frames(data, name, shade)
-    write_questions(data, train=[entry(i, video_id="abcd"[i % 4]) for i in range(20)])
+    write_questions(data, train=[entry(i, video_id="dabc"[i % 4]) for i in range(20)])
     config = settled(data, frames=4)
     train = avqa.Dataset(data, "train", config)
     shades = {name: {shade + 10 * i for i in range(3)} for shade, name in zip((20, 80, 140), "abc")}
@@ -779,7 +808,7 @@ def test_with_extracted_frames_each_negative_frame_is_a_picture_of_another_video
         frames = media.denormalise(train[index]["negative"])
         got = [frame.unique().tolist() for frame in frames]
         assert all(len(values) == 1 for values in got)
-        own = shades.get("abcd"[index % 4], set())
+        own = shades.get("dabc"[index % 4], set())
         assert not own & {values[0] for values in got}
         drawn |= {values[0] for values in got}
     assert drawn == set().union(*shades.values())
@@ -857,6 +886,23 @@ def test_an_id_of_two_types_is_refused(data):
     write_questions(data, val=twice)
     with pytest.raises(ValueError, match=r"question 1: expected one type for each id, got .*Counting.* and .*'Audio'"):
         avqa.Dataset(data, "val", settled(data)).metric()
+
+
+def test_training_and_evaluation_run_on_it(data, tmp_path):
+    config = settled(data)
+    sets = [avqa.Dataset(data, split, config) for split in ("train", "val", "test")]
+    model = make_model(config)
+    how = TrainConfig(batch_size=2, epochs=2, lr=1e-3, head_lr=1e-3)
+    fit = training.fit(model, *sets[:2], how, tmp_path / "out", device="cpu")
+    assert (fit.epochs, fit.steps, fit.skipped) == (2, 4, ())
+    result = training.evaluate(model, sets[2], device="cpu")
+    assert result.scores == {"accuracy": result.score, "audio-visual": result.score} | {
+        "audio-visual counting": result.score,
+        "correct": int(result.score),
+        "total": 1,
+    }
+    assert result.predictions["5"].shape == (4,)
+    assert result.predictions["5"].sum().item() == pytest.approx(1, abs=1e-5)
 
 
 # verify

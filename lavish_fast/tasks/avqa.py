@@ -10,27 +10,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavish_fast import tasks
+from lavish_fast.backbones import Encoded
 from lavish_fast.config import Config
-from lavish_fast.tasks.avqa_data import Dataset, Metric, verify
-from lavish_fast.tasks.avqa_questions import encode_question, settle
+from lavish_fast.tasks.avqa_data import Dataset, Metric, Report, verify
+from lavish_fast.tasks.avqa_questions import PAD, encode_question, settle
 
-if TYPE_CHECKING:
-    from lavish_fast.backbones import Encoded
-
-__all__ = ["DEAD", "HEAD_NAMES", "Dataset", "Head", "Metric"]
-__all__ += ["encode_question", "inputs", "loss", "settle", "shapes_of", "verify"]
+__all__ = ["HEAD_NAMES", "Dataset", "Head", "Metric", "Report"]
+__all__ += ["encode_question", "fitted", "inputs", "kept", "loss", "settle", "verify"]
 
 ATTENTION_HEADS = 4
 DROPOUT = 0.1  # in training only
 MATCH_WEIGHT = 0.5
 
-# Modules of the released network and ours below "head."; each name stands for all that is below it.
 HEAD_NAMES = {
     "question_encoder.word2vec": "question.words",
     "question_encoder.lstm": "question.lstm",
@@ -53,9 +52,17 @@ HEAD_NAMES = {
     "norm1": "read.video.norm",
     "fc_fusion": "fusion",
     "fc_ans": "answer",
+    # No forward pass reads these.
+    "fc_a1": None,
+    "fc_a1_pure": None,
+    "fc_a2_pure": None,
+    "fc_v": None,
+    "fc_st": None,
+    "fc": None,
+    "fc_aq": None,
+    "fc_vq": None,
+    "norm3": None,
 }
-# Modules of the released network that no forward pass reads.
-DEAD = ("fc_a1", "fc_a1_pure", "fc_a2_pure", "fc_v", "fc_st", "fc", "fc_aq", "fc_vq", "norm3")
 
 
 class LSTM(nn.Module):
@@ -124,6 +131,8 @@ class Head(nn.Module):
     is judged.
     """
 
+    reads_stages = False
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         width = config.head.width
@@ -145,35 +154,35 @@ class Head(nn.Module):
         self.fusion = nn.Linear(len(self.streams) * width, width)
         self.answer = nn.Linear(width, len(config.classes))
 
-    def forward(self, encoded: Encoded, negative: Tensor | None, question: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, encoded: Encoded, *extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The answer of each clip, and which frames go with its sound.
 
         Args:
             encoded: the streams, B*T frames and windows each.
-            negative: tokens (B*T, N, C) of the negative frames after the frozen backbone and its final norm; None in
-                evaluation, where they change no answer, and in one-modality variants.
-            question: (B, words) indices into the vocabulary.
+            extras: tokens (B*T, N, C) of the negative frames after the frozen backbone and its final norm, left out in
+                evaluation, where no answer depends on them, and in one-modality variants; then the question (B, words),
+                indices into the vocabulary.
 
         Returns: logits of the answers (B, K), and of each positive and of each negative frame going with the sound
         (class 1) or not (class 0), (B*T, 2) each. Those of frames that are not judged have no rows: (0, 2).
         """
-        tokens = dict(zip(self.streams, encoded.stages[-1], strict=True))
+        *negative, question = extras
         asked = self.question(question)
         vectors: dict[str, Tensor] = {}
         if "audio" in self.streams:
             # The mean over tokens commutes with the first map.
             vectors["audio"] = audio = self.audio_out(F.relu(self.audio_in(encoded.pooled[0])))
         if "video" in self.streams:
-            vectors["video"] = self.ground(tokens["video"], vectors.get("audio"))
-        unjudged = asked.new_empty(0, 2)
+            vectors["video"] = self.ground(encoded.stages[-1][-1], vectors.get("audio"))
+        clips, unjudged = len(question), asked.new_empty(0, 2)
         matches = [unjudged, unjudged]
         if len(self.streams) == 2:
             matches[0] = self.match(torch.cat((audio, vectors["video"]), -1))
-            if negative is not None:
-                matches[1] = self.match(torch.cat((audio, self.ground(negative, audio)), -1))
+            if negative:
+                matches[1] = self.match(torch.cat((audio, self.ground(negative[0], audio)), -1))
         read = []
         for stream, x in vectors.items():
-            x = x.view(len(question), -1, x.shape[-1])  # (B, T, D)
+            x = x.view(clips, len(x) // max(clips, 1), x.shape[-1])  # (B, T, D)
             read.append(self.read[stream](asked, x) + x.mean(1))
         answer = self.answer((self.fusion(torch.cat(read, -1).tanh()) * asked).tanh())
         return answer, *matches
@@ -207,9 +216,15 @@ def inputs(
     Raises: ValueError naming the input, what was expected and what came. Words out of the vocabulary are refused on a
         CPU; a look at them would make a CUDA device wait.
     """
-    found = _images(config, audio, positive, negative)
-    clips = len(audio[0] if isinstance(audio, (list, tuple)) else audio) if "audio" in found else len(positive)
-    shape = (clips, config.head.length)
+    given = {"audio": audio, "positive": positive, "negative": negative}
+    read = {"audio": tasks.spectrograms, "positive": tasks.frames, "negative": tasks.frames}
+    names = {stream: "positive" if stream == "video" else stream for stream in config.streams}
+    if negative is not None and len(names) == 2:
+        names["negative"] = "negative"
+    found = {key: read[name](config, name, given[name]) for key, name in names.items()}
+    tasks.check_clips(**{name: given[name] for name in names.values()})
+    first = given[names[config.streams[0]]]
+    shape = (len(first[0] if isinstance(first, (list, tuple)) else first), config.head.length)
     wanted = f"question: expected an int64 tensor {shape}"
     if not isinstance(question, Tensor):
         raise ValueError(f"{wanted}, got {type(question).__name__}")
@@ -241,50 +256,23 @@ def loss(outputs: tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
     return total
 
 
-def shapes_of(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The sizes of a released network's head: `width`, and places for its `words` and its `classes` (the answers).
+def kept(outputs: tuple[Tensor, Tensor, Tensor], clips: int) -> Tensor:
+    """What evaluation keeps of each clip: probabilities of the answers (clips, K), float32."""
+    return outputs[0].float().softmax(-1)
 
-    Words and answers themselves are in no state dict: they are named by number until `settle` reads them.
 
-    Raises: ValueError naming the tensor that is missing.
+def fitted(config: Config, tensors: Mapping[str, Tensor]) -> Config:
+    """The configuration with the width, the words and the answers of these tensors, by our names, of a model.
+
+    Only their number is in the tensors: where the configuration has another, words and answers go by numbers, until
+    `settle` reads them off the data set.
     """
-    for name in ("question_encoder.word2vec.weight", "fc_ans.weight"):
-        if name not in state_dict:
-            raise ValueError(f"official state dict: expected {name}, got none")
-    words, width = state_dict["question_encoder.word2vec.weight"].shape
-    return {
-        "words": ("<pad>", *(f"word {i}" for i in range(1, words))),
-        "width": width,
-        "classes": tuple(f"answer {i}" for i in range(1, 1 + len(state_dict["fc_ans.weight"]))),
-    }
-
-
-def _images(config: Config, audio: Any, positive: Any, negative: Any) -> dict[str, Tensor]:
-    if isinstance(audio, (list, tuple)):
-        audio = audio[0] if len(audio) else None
-    side, spectrogram = config.backbone.img_size, config.spectrogram
-    # A ViT takes spectrograms of any size; Swin-V2's windows are laid out for one size of image.
-    shape = (side, side) if config.backbone.kind == "swinv2" else (spectrogram.frames, spectrogram.mel_bins)
-    given = {"audio": (audio, shape), "positive": (positive, (3, side, side)), "negative": (negative, (3, side, side))}
-    names = {"audio": "audio", "video": "positive"}
-    wanted = {stream: names[stream] for stream in config.streams}
-    if negative is not None and len(wanted) == 2:
-        wanted["negative"] = "negative"
-    found: dict[str, Tensor] = {}
-    for stream, name in wanted.items():
-        x, expected = given[name]
-        message = f"{name}: expected a floating tensor (B, T, {', '.join(map(str, expected))})"
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{message}, got {type(x).__name__}")
-        if x.ndim != 2 + len(expected) or tuple(x.shape[2:]) != expected or not x.is_floating_point():
-            raise ValueError(f"{message}, got {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}")
-        if stream == "audio":
-            x = x.unsqueeze(2).expand(-1, -1, 3, -1, -1)
-        found[stream] = x.flatten(0, 1)
-    sizes = {name: tuple(given[name][0].shape[:2]) for name in wanted.values()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"{' and '.join(sizes)}: expected the same clips and frames (B, T), "
-            f"got {' and '.join(map(str, sizes.values()))}"
-        )
-    return found
+    words, answers = tensors.get("head.question.words.weight"), tensors.get("head.answer.weight")
+    if words is not None:
+        head = replace(config.head, width=words.shape[1])
+        if len(words) != len(head.words):
+            head = replace(head, words=(PAD, *(f"word {i}" for i in range(1, len(words)))))
+        config = replace(config, head=head)
+    if answers is not None and len(answers) != len(config.classes):
+        config = replace(config, classes=tuple(f"answer {i}" for i in range(1, 1 + len(answers))))
+    return config

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lavish_fast.config import Config
-from lavish_fast.tasks.ave import _find_media, _load_media, _media_options, _some
+from lavish_fast.tasks import some
+from lavish_fast.tasks.ave import _find_media, _load_media, _media_options
 from lavish_fast.tasks.avqa_questions import (
     SPLITS,
     TYPES,
@@ -183,20 +184,21 @@ class Metric:
                 f"got {tuple(logits.shape)}"
             )
         if strange := [name for name in ids if name not in self.types]:
-            raise ValueError(f"ids: expected those of questions whose type is known, got {_some(strange)}")
+            raise ValueError(f"ids: expected those of questions whose type is known, got {some(strange)}")
         right = (logits.argmax(-1) == labels.flatten()).tolist()
         for name, fine in zip(ids, right):
             self.correct[self.types[name]] += fine
             self.total[self.types[name]] += 1
 
     def merge(self, other: Metric) -> None:
-        """Adds what another one has counted."""
+        """Counts what another has counted."""
         self.correct.update(other.correct)
         self.total.update(other.total)
 
     def results(self) -> dict[str, float]:
-        """ "accuracy", of all questions, NaN before any was counted; then, where there are such questions, "audio",
-        "visual", "audio-visual", and "audio counting" ... of each type."""
+        """The share of right answers: "accuracy", of all questions, NaN before any was counted; where there are such
+        questions, "audio", "visual", "audio-visual", and "audio counting" ... of each type. Then both counts.
+        """
         groups = {"accuracy": TYPES}
         groups |= {m.lower(): [kind for kind in TYPES if kind[0] == m] for m in dict(TYPES)}
         groups |= {" ".join(kind).lower(): [kind] for kind in TYPES}
@@ -205,7 +207,7 @@ class Metric:
             correct, total = (sum(counts[kind] for kind in kinds) for counts in (self.correct, self.total))
             if total or name == "accuracy":
                 results[name] = correct / total if total else float("nan")
-        return results
+        return results | {"correct": self.correct.total(), "total": self.total.total()}
 
 
 @dataclass(frozen=True)
@@ -269,13 +271,13 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
                 ("answers", known, (q.answer for q in rows)),
             ):
                 if strange := [repr(x) for x in dict.fromkeys(used) if x not in of]:
-                    problems.append(f"{split}: expected {name} of avqa-train.json, got {_some(strange)}")
+                    problems.append(f"{split}: expected {name} of avqa-train.json, got {some(strange)}")
         long = [str(q.question_id) for q in rows if len(q.words) > config.head.length]
         if long:
-            problems.append(f"{split}: {len(long)} questions have more than {config.head.length} words: {_some(long)}")
+            problems.append(f"{split}: {len(long)} questions have more than {config.head.length} words: {some(long)}")
         counts = Counter(q.question_id for q in rows)
         if twice := [str(i) for i, count in counts.items() if count > 1]:
-            problems.append(f"{split}: {len(twice)} question ids come more than once: {_some(twice)}")
+            problems.append(f"{split}: {len(twice)} question ids come more than once: {some(twice)}")
         if len(words) == _WORDS and len(known) == _ANSWERS and split in _SIZES:
             published, updated = _SIZES[split]
             if len(rows) == updated:
@@ -285,13 +287,13 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
     ids = {split: list(dict.fromkeys(q.video_id for q in rows)) for split, rows in questions.items()}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         if both := sorted(set(ids.get(a, ())) & set(ids.get(b, ()))):
-            notes.append(f"{len(both)} videos are in {a} and {b}: {_some(both)}")
+            notes.append(f"{len(both)} videos are in {a} and {b}: {some(both)}")
 
     media = _find_media(root)
     missing = {split: tuple(i for i in ids[split] if i not in media) for split in ids}
     for split, absent in missing.items():
         if absent:
-            problems.append(f"{split}: {len(absent)} of {len(ids[split])} videos have no media: {_some(absent)}")
+            problems.append(f"{split}: {len(absent)} of {len(ids[split])} videos have no media: {some(absent)}")
     undecodable = []
     if decode:
         from lavish_fast.media import MediaError, load_clips

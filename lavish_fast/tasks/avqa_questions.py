@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lavish_fast.config import Config
-from lavish_fast.tasks.ave import _checked_id, _some
+from lavish_fast.tasks import some
+from lavish_fast.tasks.ave import _checked_id
 
 SPLITS = ("train", "val", "test")
 PAD = "<pad>"
@@ -202,7 +203,7 @@ def unknown(word: str, known: Sequence[str], what: str = "a word of the vocabula
     for name in known:
         plain.setdefault(_plain(name), name)
     near = [plain[name] for name in difflib.get_close_matches(_plain(word), plain, n=3)]
-    return f"expected {what}, {'near to it ' if near else ''}{_some(near or known)}, got {word!r}"
+    return f"expected {what}, {'near to it ' if near else ''}{some(near or known)}, got {word!r}"
 
 
 def _plain(text: str, fold: bool = True) -> str:
