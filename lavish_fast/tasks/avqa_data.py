@@ -1,0 +1,321 @@
+"""MUSIC-AVQA as a data set: questions with their clips and negative frames, the metric, and what a download lacks."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lavish_fast.config import Config
+from lavish_fast.tasks import some
+from lavish_fast.tasks.ave import _find_media, _load_media, _media_options
+from lavish_fast.tasks.avqa_questions import (
+    SPLITS,
+    TYPES,
+    Question,
+    answers,
+    encode,
+    questions_path,
+    read_questions,
+    read_rows,
+    unknown,
+    vocabulary,
+)
+
+if TYPE_CHECKING:
+    from lavish_fast.media import Clip, MediaError
+
+# Questions of MUSIC-AVQA in json/, which the published results are of, and in json_update/; its vocabulary and answers.
+_SIZES = {"val": (4595, 4568), "test": (9185, 9129)}
+_WORDS, _ANSWERS = 93, 42
+_TRIES = 8  # at reading a negative frame, where files are broken
+
+
+class Dataset(torch.utils.data.Dataset):
+    """The questions of one split, each with its clip.
+
+    Args:
+        root: the folder. For its questions see `questions_path`; a clip's media are the first of AVE/ID.mp4,
+            videos/ID.mp4, ID.mp4 (or another suffix of a video file), or else frames/ID/*.jpg with audio/ID.wav.
+        split: "train", "val" or "test".
+        config: gives T, the size of frames and spectrograms, the vocabulary and the answers (see `settle`).
+        antialias: of the resizing, as for `media.load_clip`.
+        skip: video ids to leave out, with all their questions.
+        cache: keep decoded clips in memory, in each process that reads them (6 MB a clip at 192 x 192 pixels).
+
+    An item is a dict: audio (T, frames, mel bins) and positive (T, 3, S, S) float32, question (length,) and labels ()
+    int64, id (the question's, as text). For a clip that cannot be read it is the `media.MediaError` instead.
+
+    In "train", where both streams run, an item has T frames of other videos of the split too, as negative (T, 3, S, S):
+    where the split has extracted frames, a picture each of T random videos, or else the frames of one random clip in
+    random order, so that one clip more is decoded and not T. They are drawn from a generator seeded with the item's
+    index alone: the same in every epoch, in every process and after a resume. (The released loader draws anew in every
+    epoch; MUSIC-AVQA has several questions a video, each with a draw of its own.) Files that cannot be read are passed
+    over. Elsewhere no answer depends on negative frames, and none are read.
+
+    Raises: FileNotFoundError or ValueError naming the file, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        split: str,
+        config: Config,
+        *,
+        antialias: bool = False,
+        skip: Collection[str] = (),
+        cache: bool = False,
+    ) -> None:
+        path = questions_path(root, split)
+        self.root = Path(root)
+        self.config = config
+        self.antialias = antialias
+        self.questions = tuple(q for q in read_questions(path) if q.video_id not in skip)
+        words = {word: i for i, word in enumerate(config.head.words)}
+        classes = {answer: i for i, answer in enumerate(config.classes)}
+        self._encoded, self._labels = [], []
+        for question in self.questions:
+            try:
+                self._encoded.append(encode(question.words, words, config.head.length))
+            except ValueError as error:
+                raise ValueError(f"{path}: question {question.question_id}: {error}") from None
+            if question.answer not in classes:
+                problem = unknown(question.answer, config.classes, "one of the answers")
+                raise ValueError(f"{path}: question {question.question_id}: {problem}")
+            self._labels.append(torch.tensor(classes[question.answer]))
+        self._media = _find_media(self.root)
+        self._cache: dict[str, Clip] | None = {} if cache else None
+        self._others: list[str] | None = None
+        if split == "train" and len(config.streams) == 2:
+            ids = [i for i in dict.fromkeys(q.video_id for q in self.questions) if i in self._media]
+            self._others = [i for i in ids if self._media[i].is_dir()] or ids
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
+        from lavish_fast.media import MediaError
+
+        question = self.questions[index]
+        try:
+            clip = self._load(question.video_id)
+            item = {"audio": clip.audio, "positive": clip.video}
+            if self._others is not None:
+                item["negative"] = self._negative(question.video_id, index)
+        except MediaError as error:
+            return error
+        item |= {"question": self._encoded[index], "labels": self._labels[index], "id": str(question.question_id)}
+        return item
+
+    def metric(self) -> Metric:
+        """A metric that knows the type of each question. Raises: ValueError for an id with two types."""
+        types: dict[str, tuple[str, str]] = {}
+        for question in self.questions:
+            name = str(question.question_id)
+            if types.setdefault(name, question.kind) != question.kind:
+                raise ValueError(
+                    f"question {name}: expected one type for each id, got {types[name]} and {question.kind}"
+                )
+        return Metric(types)
+
+    def _negative(self, video_id: str, index: int) -> Tensor:
+        """(T, 3, S, S) of other videos."""
+        from lavish_fast import media
+
+        generator = torch.Generator().manual_seed(index)
+        others = [i for i in self._others if i != video_id]
+        if not others:
+            reason = "expected another video of the split with media, for negative frames, got none"
+            raise media.MediaError(self._path(video_id), reason)
+        frames, size = self.config.frames, self.config.backbone.img_size
+
+        def draw(choices: Sequence[Any]) -> Any:
+            return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+        def picture() -> Tensor:
+            image = draw(media._images(self._path(draw(others))))
+            return media.resize(media._read_image(image), size, self.antialias)
+
+        if self._path(others[0]).is_dir():
+            return torch.stack([_first_readable(picture) for _ in range(frames)])
+        clip = _first_readable(lambda: self._load(draw(others)))
+        return clip.video[torch.randperm(frames, generator=generator)]
+
+    def _path(self, video_id: str) -> Path:
+        return self._media.get(video_id, self.root / "videos" / f"{video_id}.mp4")
+
+    def _load(self, video_id: str) -> Clip:
+        if self._cache and video_id in self._cache:
+            return self._cache[video_id]
+        clip = _load_media(self._path(video_id), **_media_options(self.config), antialias=self.antialias)
+        for message in clip.warnings:
+            warnings.warn(message, stacklevel=2)
+        if self._cache is not None:
+            self._cache[video_id] = clip
+        return clip
+
+
+@dataclass
+class Metric:
+    """Right answers over questions: of all, of each type, and of the audio, visual and audio-visual types together.
+
+    It only counts, so neither the batch size nor the order nor the number of ranks matters.
+
+    types: by question id, one of `TYPES`. correct, total: questions by type.
+    """
+
+    types: Mapping[str, tuple[str, str]]
+    correct: Counter[tuple[str, str]] = field(default_factory=Counter)
+    total: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def update(self, outputs: Any, labels: Tensor, ids: Sequence[str]) -> None:
+        """Counts a batch: the head's outputs or its first, the answers' logits (B, K); labels (B,); question ids."""
+        logits = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+        if logits.ndim != 2 or not len(logits) == len(ids) == labels.numel():
+            raise ValueError(
+                f"logits: expected (B, K) for {len(ids)} questions and labels of shape {tuple(labels.shape)}, "
+                f"got {tuple(logits.shape)}"
+            )
+        if strange := [name for name in ids if name not in self.types]:
+            raise ValueError(f"ids: expected those of questions whose type is known, got {some(strange)}")
+        right = (logits.argmax(-1) == labels.flatten()).tolist()
+        for name, fine in zip(ids, right):
+            self.correct[self.types[name]] += fine
+            self.total[self.types[name]] += 1
+
+    def merge(self, other: Metric) -> None:
+        """Counts what another has counted."""
+        self.correct.update(other.correct)
+        self.total.update(other.total)
+
+    def results(self) -> dict[str, float]:
+        """The share of right answers: "accuracy", of all questions, NaN before any was counted; where there are such
+        questions, "audio", "visual", "audio-visual", and "audio counting" ... of each type. Then both counts.
+        """
+        groups = {"accuracy": TYPES}
+        groups |= {m.lower(): [kind for kind in TYPES if kind[0] == m] for m in dict(TYPES)}
+        groups |= {" ".join(kind).lower(): [kind] for kind in TYPES}
+        results = {}
+        for name, kinds in groups.items():
+            correct, total = (sum(counts[kind] for kind in kinds) for counts in (self.correct, self.total))
+            if total or name == "accuracy":
+                results[name] = correct / total if total else float("nan")
+        return results | {"correct": self.correct.total(), "total": self.total.total()}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    splits: questions per split. missing: per split, the videos without media. undecodable: a line for each file that
+    does not decode. problems: sentences, each a reason why training would not see the whole data set. notes: what to
+    know besides.
+    """
+
+    splits: Mapping[str, int]
+    missing: Mapping[str, tuple[str, ...]]
+    undecodable: tuple[str, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is missing or broken."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = ["questions: " + ", ".join(f"{split} {size}" for split, size in self.splits.items())]
+        lines += [f"problem: {text}" for text in self.problems]
+        lines += [f"note: {text}" for text in self.notes]
+        return "\n".join(lines)
+
+
+def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, workers: int | None = None) -> Report:
+    """Looks through a data set before training.
+
+    Words and answers are checked against those of avqa-train.json: `settle` gives the model just these. Sizes other
+    than MUSIC-AVQA's own are noted when the vocabulary and the answers are as many as MUSIC-AVQA's.
+
+    Args:
+        decode: also decode every file, in `workers` processes, by default one a CPU core.
+
+    Raises: nothing for a faulty data set; the report says what is wrong.
+    """
+    root = Path(root)
+    problems: list[str] = []
+    notes: list[str] = []
+    questions: dict[str, list[Question]] = {}
+    for split in SPLITS:
+        try:
+            path = questions_path(root, split)
+            rows = read_rows(path)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+            continue
+        notes.append(f"{split}: {path}")
+        problems += [str(row) for row in rows if isinstance(row, ValueError)]
+        questions[split] = [row for row in rows if isinstance(row, Question)]
+
+    words, known = vocabulary(questions.get("train", ())), answers(questions.get("train", ()))
+    for split, rows in questions.items():
+        if "train" in questions:
+            for name, of, used in (
+                ("words", words, (word for q in rows for word in q.words)),
+                ("answers", known, (q.answer for q in rows)),
+            ):
+                if strange := [repr(x) for x in dict.fromkeys(used) if x not in of]:
+                    problems.append(f"{split}: expected {name} of avqa-train.json, got {some(strange)}")
+        long = [str(q.question_id) for q in rows if len(q.words) > config.head.length]
+        if long:
+            problems.append(f"{split}: {len(long)} questions have more than {config.head.length} words: {some(long)}")
+        counts = Counter(q.question_id for q in rows)
+        if twice := [str(i) for i, count in counts.items() if count > 1]:
+            problems.append(f"{split}: {len(twice)} question ids come more than once: {some(twice)}")
+        if len(words) == _WORDS and len(known) == _ANSWERS and split in _SIZES:
+            published, updated = _SIZES[split]
+            if len(rows) == updated:
+                notes.append(f"{split}: {updated} questions are of json_update/; published results are of {published}")
+            elif len(rows) != published:
+                notes.append(f"{split}: MUSIC-AVQA has {published} questions, got {len(rows)}")
+    ids = {split: list(dict.fromkeys(q.video_id for q in rows)) for split, rows in questions.items()}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        if both := sorted(set(ids.get(a, ())) & set(ids.get(b, ()))):
+            notes.append(f"{len(both)} videos are in {a} and {b}: {some(both)}")
+
+    media = _find_media(root)
+    missing = {split: tuple(i for i in ids[split] if i not in media) for split in ids}
+    for split, absent in missing.items():
+        if absent:
+            problems.append(f"{split}: {len(absent)} of {len(ids[split])} videos have no media: {some(absent)}")
+    undecodable = []
+    if decode:
+        from lavish_fast.media import MediaError, load_clips
+
+        paths = [media[i] for i in dict.fromkeys(i for each in ids.values() for i in each) if i in media]
+        for _, clip in load_clips(paths, workers=workers, load=_load_media, **_media_options(config)):
+            if isinstance(clip, MediaError):
+                undecodable.append(str(clip))
+            else:
+                notes += clip.warnings
+    problems += undecodable
+    sizes = {split: len(rows) for split, rows in questions.items()}
+    return Report(sizes, missing, tuple(undecodable), tuple(problems), tuple(notes))
+
+
+def _first_readable(read: Callable[[], Any]) -> Any:
+    """What `read` returns, called again where it raises a MediaError."""
+    from lavish_fast.media import MediaError
+
+    for left in reversed(range(_TRIES)):
+        try:
+            return read()
+        except MediaError:
+            if not left:
+                raise
