@@ -322,7 +322,7 @@ def _read_mask(path: Path, size: int) -> Tensor:
 
     from lavish_fast import media
 
-    grey = np.asarray(Image.fromarray(media._read_image(str(path))).convert("L"))
+    grey = np.asarray(Image.fromarray(media._read_image(path)).convert("L"))
     if grey.shape != (size, size):
         raise media.MediaError(path, f"expected a mask of {size}x{size} pixels, got {grey.shape[1]}x{grey.shape[0]}")
     return torch.from_numpy((grey >= MASK_THRESHOLD).astype(np.uint8))
