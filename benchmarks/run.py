@@ -432,7 +432,7 @@ class Group:
             # Without a rate the weights stay, and the gradients' mean is there to be checked.
             optimizer.param_groups[0]["lr"] = _RATE if update else 0.0
             for _ in range(_UNTIL_CAPTURED if first else 1):
-                taken.accumulate(*inputs, labels)
+                taken.accumulate(*inputs, labels=labels)
                 taken.finish()
             first = False
             return None if update else module(*inputs)

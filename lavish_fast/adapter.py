@@ -31,7 +31,8 @@ class LavishAdapter(nn.Module):
     def __init__(self, width: int, config: AdapterConfig, *, gate: bool = True, cross_modal: bool = True) -> None:
         super().__init__()
         bottleneck, groups = width // config.reduction, config.groups
-        self.latents = nn.Parameter(torch.rand(config.latents, width)) if cross_modal else None
+        draw = torch.zeros if config.zero_latents else torch.rand
+        self.latents = nn.Parameter(draw(config.latents, width)) if cross_modal else None
         self.gate_av = nn.Parameter(torch.zeros(1)) if cross_modal else None
         self.ln_before = nn.LayerNorm(width) if config.ln_before else None
         self.down = nn.Parameter(_conv_init(bottleneck, width // groups))
@@ -40,9 +41,13 @@ class LavishAdapter(nn.Module):
         self.bn2 = nn.BatchNorm1d(width) if config.batch_norm else None
         self.ln_after = nn.LayerNorm(width) if config.ln_after else None
         self.gate = nn.Parameter(torch.zeros(1)) if gate else None
+        self.gate_first = config.gate_first
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """g LN(BN(up(ReLU(BN(down(LN(X'))))))). x (n, N, C), other (n, M, C) or None -> (n, N, C)."""
+        """g LN(BN(up(ReLU(BN(down(LN(X'))))))). x (n, N, C), other (n, M, C) or None -> (n, N, C).
+
+        With `gate_first` LN(g BN(...)).
+        """
         if self.latents is not None:
             summary = ops.gather_latents(self.latents, other, path=self.path)
             x = reference.read_latents(x, summary, self.gate_av)
@@ -52,9 +57,11 @@ class LavishAdapter(nn.Module):
         z = F.relu(_channelwise(self.bn1, z))
         z = reference.grouped_linear(z, self.up)
         z = _channelwise(self.bn2, z)
+        if self.gate is not None and self.gate_first:
+            z = self.gate * z
         if self.ln_after is not None:
             z = self.ln_after(z)
-        return z if self.gate is None else self.gate * z
+        return z if self.gate is None or self.gate_first else self.gate * z
 
 
 class BlockAdapters(nn.ModuleDict):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -25,7 +25,6 @@ _ADAPTER_NAMES = {
     "gate": "gate",
     "gate_av": "gate_av",
 }
-_HEAD = {"mlp_class": "head.fc1", "mlp_class_2": "head.fc2"}
 # Entries of the released networks that no forward pass reads, or that follow from the others.
 _DEAD = re.compile(
     r"adapter_token_downsampler\.|.*\.gate_tk$|.*\.relative_(coords_table|position_index)$|.*\.attn_mask$"
@@ -33,10 +32,10 @@ _DEAD = re.compile(
 )
 
 
-def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_official(state_dict: Mapping[str, Tensor], head: Mapping[str, str | None]) -> dict[str, Tensor]:
     """A released network's state dict under our names, its dead entries left out.
 
-    Names that are not known stay as they are, so that a strict load names them.
+    head: `HEAD_NAMES` of the task. Names that are not known stay as they are, so that a strict load names them.
     """
     if state_dict and all(key.startswith("module.") for key in state_dict):
         state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
@@ -50,23 +49,29 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if name in ("down", "up"):
                 value = value.flatten(1)  # a 1x1 convolution's weight (D, C / G, 1, 1)
             renamed[f"adapters.{index}.{'video' if stream == 'vis' else stream}_{place}.{name}"] = value
-        elif match := re.match(r"(mlp_class(?:_2)?)\.(weight|bias)$", key):
-            renamed[f"{_HEAD[match[1]]}.{match[2]}"] = value
         elif match := re.match(r"swin\.layers\.(\d+)\.downsample\.(.+)", key):
             # timm 0.6 keeps patch merging at the end of a stage, later versions at the start of the next.
             renamed[f"backbone.layers.{int(match[1]) + 1}.downsample.{match[2]}"] = value
         elif match := re.match(r"(?:swin|ViT\.v)\.(.+)", key):
             renamed[f"backbone.{match[1]}"] = value
+        elif prefix := _prefix(key, head):
+            if head[prefix] is not None:
+                renamed[f"head.{head[prefix]}{key.removeprefix(prefix)}"] = value
         else:
             renamed[key] = value
     return renamed
 
 
-def to_official(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+def _prefix(key: str, names: Iterable[str]) -> str | None:
+    """The longest of some dotted names that a tensor's name is, or begins with."""
+    return max((name for name in names if f"{key}.".startswith(f"{name}.")), key=len, default=None)
+
+
+def to_official(state_dict: Mapping[str, Tensor], kind: str, head: Mapping[str, str | None]) -> dict[str, Tensor]:
     """The inverse of `from_official` for a backbone of this kind ("swinv2" or "vit"), without the dead entries."""
     prefix = "ViT.v." if kind == "vit" else "swin."
     adapter_names = {ours: theirs for theirs, ours in _ADAPTER_NAMES.items()}
-    head = {ours: theirs for theirs, ours in _HEAD.items()}
+    head = {f"head.{ours}": theirs for theirs, ours in head.items() if ours is not None}
     renamed = {}
     for key, value in state_dict.items():
         if match := _OURS.match(key):
@@ -75,8 +80,8 @@ def to_official(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tensor
             if rest in ("down", "up"):
                 value = value[:, :, None, None]
             renamed[f"{'vis' if stream == 'video' else stream}_adapter_blocks_{place}.{index}.{name}"] = value
-        elif match := re.match(r"(head\.fc[12])\.(.+)", key):
-            renamed[f"{head[match[1]]}.{match[2]}"] = value
+        elif ours := _prefix(key, head):
+            renamed[head[ours] + key.removeprefix(ours)] = value
         elif match := re.match(r"backbone\.layers\.(\d+)\.downsample\.(.+)", key):
             renamed[f"{prefix}layers.{int(match[1]) - 1}.downsample.{match[2]}"] = value
         else:
@@ -199,7 +204,7 @@ def backbone_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[s
     else:
         tensors = _timm_tensors(str(source))
     if any(key.startswith("layers.0.downsample.") for key in tensors):
-        tensors = from_official({f"swin.{key}": value for key, value in tensors.items()})
+        tensors = from_official({f"swin.{key}": value for key, value in tensors.items()}, {})
         tensors = {key.removeprefix("backbone."): value for key, value in tensors.items()}
     dead = re.compile(rf"{_DEAD.pattern}|head\.|fc_norm\.")
     return {key: value for key, value in tensors.items() if not dead.match(key)}

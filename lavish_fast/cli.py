@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from lavish_fast.ops import Choice
     from lavish_fast.training import Evaluation
 
-_PRESET = "ave-swinv2-large"
+_PRESETS = {
+    "ave": "ave-swinv2-large",
+    "avs": "avs-swinv2-large",
+    "avqa": "avqa-swinv2-large",
+    "action": "action-videomae-base",
+}
 _CHUNK = 10  # seconds that go through the model at once; AVE's clips are that long
 _KNOWN = (ValueError, OSError, RuntimeError, ImportError, ArithmeticError)
 
@@ -109,10 +114,12 @@ def _bad_usage(*errors: type[Exception]) -> Iterator[None]:
 
 # Arguments that several commands have
 
-Task = Annotated[Literal["ave"], typer.Argument(help="The task: audio-visual event localisation.")]
+Task = Annotated[
+    Literal["ave", "avs", "avqa", "action"],
+    typer.Argument(help="Event localisation, segmentation, question answering or action recognition."),
+]
 Data = Annotated[
-    Path,
-    typer.Option(exists=True, file_okay=False, help="Folder in AVE's layout: Annotations.txt, splits, videos."),
+    Path, typer.Option(exists=True, file_okay=False, help="Folder of a data set in the layout of the task's own.")
 ]
 Checkpoint = Annotated[
     Path, typer.Option(exists=True, file_okay=False, help="Folder of a trained model, such as the best/ of a run.")
@@ -124,6 +131,7 @@ Backbone = Annotated[
         help="The frozen weights: a file or a timm model's name. The configuration names them otherwise.",
     ),
 ]
+_OF_TASK = "the paper's for the task"
 BatchSize = Annotated[int, typer.Option(help="Clips that go through the model at once, per device.")]
 Amp = Annotated[
     Literal["bf16", "fp16"] | None, typer.Option(help="bfloat16, or float16 with loss scaling in training.")
@@ -187,7 +195,7 @@ def localize(
         files = list(dict.fromkeys(file for video in videos for file in media.find_videos(video)))
     if not files:
         raise typer.BadParameter(f"expected video files in {videos[0]}, got none", param_hint="VIDEO...")
-    model = _load(checkpoint, backbone)
+    model = _load(checkpoint, backbone, "ave")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     console, classes, failed = _console(), model.config.classes, 0
     out.mkdir(parents=True, exist_ok=True)
@@ -233,11 +241,16 @@ def _probabilities(model: Model, clip: Clip) -> Tensor:
         return torch.cat([model(a[None].to(device), v[None].to(device)).float().cpu() for a, v in chunks])
 
 
-def _load(checkpoint: Path, backbone: str | None) -> Model:
+def _load(checkpoint: Path, backbone: str | None, task: str) -> Model:
     from lavish_fast.model import Model
 
     with _bad_usage(FileNotFoundError):
-        return Model.from_pretrained(checkpoint, backbone=backbone)
+        model = Model.from_pretrained(checkpoint, backbone=backbone)
+    if model.config.task != task:
+        raise typer.BadParameter(
+            f"expected a model for {task}, got one for {model.config.task}", param_hint="--checkpoint"
+        )
+    return model
 
 
 def _segments(probabilities: Tensor, decided: Tensor, classes: Sequence[str], seconds: float) -> list[dict[str, Any]]:
@@ -302,7 +315,9 @@ def train(
     task: Task,
     data: Data,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for best/, last/, log.jsonl and tensorboard/.")],
-    preset: Annotated[str | None, typer.Option(help="A named configuration.", show_default=_PRESET)] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A named configuration.", show_default="TASK-swinv2-large, action-videomae-base")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A config.json instead of a preset.")
     ] = None,
@@ -310,18 +325,20 @@ def train(
     modality: Annotated[
         Literal["audio+video", "video", "audio"] | None, typer.Option(help="The streams that run.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs at most.")] = TrainConfig.epochs,
+    epochs: Annotated[int | None, typer.Option(help="Epochs at most.", show_default=_OF_TASK)] = None,
     patience: Annotated[
-        int, typer.Option(help="Epochs without a better validation accuracy before it ends.")
-    ] = TrainConfig.patience,
-    batch_size: BatchSize = TrainConfig.batch_size,
-    accumulate: Annotated[int, typer.Option(help="Batches to a step.")] = TrainConfig.accumulate,
-    lr: Annotated[float, typer.Option(help="Learning rate of the adapters.")] = TrainConfig.lr,
-    head_lr: Annotated[float, typer.Option(help="Learning rate of the head.")] = TrainConfig.head_lr,
+        int | None, typer.Option(help="Epochs without a better validation score before it ends.", show_default=_OF_TASK)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Clips that go through the model at once, per device.", show_default=_OF_TASK)
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches to a step.", show_default=_OF_TASK)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the adapters.", show_default=_OF_TASK)] = None,
+    head_lr: Annotated[float | None, typer.Option(help="Learning rate of the head.", show_default=_OF_TASK)] = None,
     lr_step: Annotated[
-        int | None, typer.Option(help="Multiply both by --lr-gamma every so many epochs.")
-    ] = TrainConfig.lr_step,
-    lr_gamma: Annotated[float, typer.Option(help="See --lr-step.")] = TrainConfig.lr_gamma,
+        int | None, typer.Option(help="Multiply both by --lr-gamma every so many epochs.", show_default=_OF_TASK)
+    ] = None,
+    lr_gamma: Annotated[float | None, typer.Option(help="See --lr-step.", show_default=_OF_TASK)] = None,
     amp: Amp = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and drop path.")] = TrainConfig.seed,
     workers: Workers = TrainConfig.workers,
@@ -337,27 +354,22 @@ def train(
     ] = TrainConfig.checkpointing,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.")] = False,
 ) -> None:
-    """Train adapters and head on a data set in AVE's layout.
+    """Train adapters and head on a data set.
 
-    The classes are the data set's. The model that is best on the validation split is kept in OUT/best. Files that
-    cannot be read are reported and left out. Runs under torchrun on several devices.
+    Classes and vocabulary are the data set's. The model that is best on the validation split is kept in OUT/best.
+    Files that cannot be read are reported and left out. Runs under torchrun on several devices.
     """
     import torch
 
-    from lavish_fast import training
+    from lavish_fast import tasks, training
     from lavish_fast.model import Model
-    from lavish_fast.tasks import ave
 
+    given = {"batch_size": batch_size, "epochs": epochs, "lr": lr, "head_lr": head_lr, "lr_step": lr_step}
+    given |= {"lr_gamma": lr_gamma, "accumulate": accumulate, "patience": patience}
     with _bad_usage(ValueError):
-        how = TrainConfig(
-            batch_size=batch_size,
-            epochs=epochs,
-            lr=lr,
-            head_lr=head_lr,
-            lr_step=lr_step,
-            lr_gamma=lr_gamma,
-            accumulate=accumulate,
-            patience=patience,
+        how = dataclasses.replace(
+            TrainConfig.of_task(task),
+            **{name: value for name, value in given.items() if value is not None},
             amp=amp,
             seed=seed,
             workers=workers,
@@ -365,36 +377,39 @@ def train(
             on_nan=on_nan,
             checkpointing=checkpointing,
         )
-    chosen = _model_config(preset, config)
-    chosen = dataclasses.replace(chosen, classes=ave.classes_of(data), modality=modality or chosen.modality)
+    module = tasks.load(task)
+    chosen = _model_config(task, preset, config)
+    chosen = module.settle(dataclasses.replace(chosen, modality=modality or chosen.modality), data)
     if backbone is not None:
         # The checkpoint names it, and is loaded from other folders than this one.
         backbone = os.path.abspath(backbone) if os.path.isfile(backbone) else backbone
         chosen = dataclasses.replace(chosen, backbone_weights=backbone)
     if chosen.backbone_weights is None:
         raise typer.BadParameter(f"expected one, since {config} names none", param_hint="--backbone")
-    sets = [ave.AVEDataset(data, split, chosen) for split in ("train", "val")]
+    sets = [module.Dataset(data, split, chosen) for split in ("train", "val")]
     torch.manual_seed(seed)
     with _bad_usage(FileNotFoundError):
         model = Model(chosen).load_backbone()
     fit = training.fit(model, *sets, how, out, resume=resume)
     console = _console()
-    best = f"best validation accuracy {fit.best_accuracy:.1%}, in epoch {fit.best_epoch} of {fit.epochs}"
+    best = f"best validation score {fit.best_score:.1%}, in epoch {fit.best_epoch} of {fit.epochs}"
     console.print(f"{best}: {_printable(out / 'best')}", markup=False, soft_wrap=True)
     if fit.skipped:
         console.print(f"{len(fit.skipped)} files could not be read and were left out")
 
 
-def _model_config(preset: str | None, path: Path | None) -> Config:
+def _model_config(task: str, preset: str | None, path: Path | None) -> Config:
     from lavish_fast import checkpoint
 
     if preset and path:
         raise typer.BadParameter("expected one of them, got both", param_hint="--preset / --config")
-    if path:
-        with _bad_usage(ValueError, TypeError):
-            return Config.from_dict(checkpoint.read_config(path))
-    with _bad_usage(ValueError):
-        return Config.from_preset(preset or _PRESET)
+    with _bad_usage(ValueError, TypeError):
+        chosen = (
+            Config.from_dict(checkpoint.read_config(path)) if path else Config.from_preset(preset or _PRESETS[task])
+        )
+    if chosen.task != task:
+        raise typer.BadParameter(f"expected one for {task}, got {preset or path} for {chosen.task}")
+    return chosen
 
 
 @app.command()
@@ -414,48 +429,58 @@ def evaluate(
     amp: Amp = None,
     workers: Workers = TrainConfig.workers,
 ) -> None:
-    """Segment accuracy of a trained model on a data set in AVE's layout.
+    """The scores of a trained model on a data set.
 
     Files that cannot be read are reported and left out, and the exit code is 1.
     """
-    from lavish_fast import training
-    from lavish_fast.tasks import ave
+    from lavish_fast import tasks, training
 
-    model = _load(checkpoint, backbone)
-    clips = ave.AVEDataset(data, split, model.config)
+    model = _load(checkpoint, backbone, task)
+    module = tasks.load(task)
+    clips = module.Dataset(data, split, model.config)
     with _bad_usage(ValueError):
         TrainConfig(batch_size=batch_size, workers=workers)  # for its checks alone
-    result = training.evaluate(model, clips, batch_size=batch_size, rule=rule, amp=amp, workers=workers)
+    metric = None
+    if rule != "argmax":
+        if task != "ave":
+            raise typer.BadParameter(f"expected it with ave alone, got {task}", param_hint="--rule")
+        metric = module.Metric(rule)
+    result = training.evaluate(model, clips, batch_size=batch_size, metric=metric, amp=amp, workers=workers)
     if _rank() == 0:
         for line in result.skipped:
             _say_error(line)
-        facts = {
-            "split": split,
-            "rule": rule,
-            "segment accuracy": f"{result.accuracy:.2%}",
-            "segments": f"{result.correct} of {result.total}",
+        facts = {"split": split} | ({"rule": rule} if task == "ave" else {})
+        facts |= {
+            name: f"{value}" if isinstance(value, int) else f"{value:.2%}" for name, value in result.scores.items()
+        }
+        facts |= {
             "clips": f"{len(clips) - len(result.skipped)} of {len(clips)}",
             "clips/s": f"{result.clips_per_second:.1f}",
         }
         _console().print(_facts_table(facts))
         if out:
-            _write_evaluation(out, result, model.config.classes, {"split": split, "rule": rule})
+            _write_evaluation(out, result, model.config, {"split": split} | ({"rule": rule} if task == "ave" else {}))
     if result.skipped:
         raise typer.Exit(1)
 
 
-def _write_evaluation(out: Path, result: Evaluation, classes: Sequence[str], how: dict[str, str]) -> None:
+def _write_evaluation(out: Path, result: Evaluation, config: Config, how: dict[str, str]) -> None:
     from lavish_fast import checkpoint
     from lavish_fast.tasks import ave
 
-    names = ("accuracy", "correct", "total", "skipped", "clips_per_second")
-    facts = how | {name: getattr(result, name) for name in names}
+    facts = {"task": config.task} | how | {"scores": dict(result.scores)}
+    facts |= {"skipped": result.skipped, "clips_per_second": result.clips_per_second}
     checkpoint.write_text(out / "evaluate.json", json.dumps(facts, indent=2) + "\n")
     lines = []
-    for name, probabilities in result.predictions.items():
-        decided = ave.decide(probabilities, len(probabilities), how["rule"])[0]
-        lines += [{"video": name} | row for row in _segments(probabilities, decided, classes, 1.0)]
-    checkpoint.write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    for name, kept in result.predictions.items():
+        if config.task == "ave":
+            decided = ave.decide(kept, len(kept), how["rule"])[0]
+            lines += [{"video": name} | row for row in _segments(kept, decided, config.classes, 1.0)]
+        elif config.classes:
+            best = int(kept.argmax())
+            lines.append({"id": name, "class": config.classes[best], "probability": round(float(kept[best]), 6)})
+    if lines:
+        checkpoint.write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 @app.command()
@@ -464,15 +489,15 @@ def prepare(
     data: Data,
     decode: Annotated[bool, typer.Option("--decode", help="Also decode every file, which takes long.")] = False,
 ) -> None:
-    """Say what a data set in AVE's layout lacks; the exit code is 1 when training would not see all of it."""
+    """Say what a data set lacks; the exit code is 1 when training would not see all of it."""
     from rich.table import Table
 
-    from lavish_fast.tasks import ave
+    from lavish_fast import tasks
 
-    config = Config.from_preset(_PRESET)
+    module, config = tasks.load(task), Config.from_preset(_PRESETS[task])
     with suppress(OSError, ValueError):  # the report says it
-        config = dataclasses.replace(config, classes=ave.classes_of(data))
-    report = ave.verify(data, config, decode=decode)
+        config = module.settle(config, data)
+    report = module.verify(data, config, decode=decode)
     console = _console()
     if report.splits:
         table = Table("split")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lavish_fast import ops
 from lavish_fast.adapter import LavishAdapter
-from lavish_fast.backbones import PLACES
+from lavish_fast.backbones import PLACES, Encoded
 from lavish_fast.backbones.swin_v2 import CONSTANTS, WindowAttention
-from lavish_fast.model import Model, images
+from lavish_fast.model import Model, Network
 
 
 def sharing(module: nn.Module) -> nn.Module:
@@ -97,11 +97,17 @@ class Block(nn.Module):
         x = self._after(self.p1, x, self.proj(self.attention(self.qkv(x))))
         return self._after(self.p2, x, self.fc2(self.fc1(x)))
 
+    def frozen(self, x: Tensor) -> Tensor:
+        """(n, N, C), without the adapters."""
+        x = self.enter(x)
+        x = x + self.p1.norm(self.proj(self.attention(self.qkv(x))))
+        return x + self.p2.norm(self.fc2(self.fc1(x)))
+
     def _after(self, step: Step, x: Tensor, branch: Tensor) -> Tensor:
         return step(*(t.unflatten(0, (self.streams, -1)) for t in (x, branch))).flatten(0, 1)
 
 
-class Concatenated(nn.Module):
+class Concatenated(Network):
     """The same function as `model` on a Swin-V2, in training and in evaluation, called as it is.
 
     Adapters and head have the model's own tensors: training this trains the model. The frozen weights are copies.
@@ -162,16 +168,26 @@ class Concatenated(nn.Module):
             adapter.path = self.path
         return Step(self._frozen(norm), adapters, drop_path, self.path)
 
-    def forward(self, audio: Any, video: Tensor | None = None) -> Tensor:
-        """(B, T, frames, mel bins) or a list that starts with it, (B, T, 3, S, S) -> class probabilities (B * T, K)."""
-        return self.classify(*images(self.config, audio, video).values())
-
-    def classify(self, *streams: Tensor) -> Tensor:
-        """Images of each stream, (n, 3, S, S), audio first, to class probabilities (n, K)."""
-        x = self.embed(torch.cat(streams).to(self.dtype))
-        for block in self.blocks:
+    def encode(self, *streams: Tensor) -> Encoded:
+        """As `Model.encode`."""
+        x, stages, ends = self.embed(torch.cat(streams).to(self.dtype)), [], self._ends()
+        for i, block in enumerate(self.blocks, 1):
             x = block(x)
-        # Video first, as in `Model.features`.
-        features = torch.cat(self.norm(x).mean(1).chunk(len(streams))[::-1], -1)
-        with arithmetic(self.head, features):
-            return self.head(features)
+            if i in ends:
+                stages.append(x)
+        stages[-1] = self.norm(stages[-1])
+        pooled = stages[-1].mean(1)
+        return Encoded([list(x.chunk(len(streams))) for x in stages], list(pooled.chunk(len(streams))))
+
+    @torch.no_grad()
+    def frozen(self, images: Tensor) -> Tensor:
+        """As `Model.frozen`."""
+        x = self.embed(images.to(self.dtype))
+        for block in self.blocks:
+            x = block.frozen(x)
+        return self.norm(x)
+
+    def read(self, encoded: Encoded, *extras: Tensor) -> Any:
+        """As `Model.read`."""
+        with arithmetic(self.head, encoded.pooled[0]):
+            return super().read(encoded, *extras)

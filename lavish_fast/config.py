@@ -66,9 +66,14 @@ class SwinV2Config:
     drop_path_rate: float = 0.0
 
     @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """Of each stage its blocks and its channels."""
+        return tuple((depth, self.embed_dim * 2**i) for i, depth in enumerate(self.depths))
+
+    @property
     def block_widths(self) -> tuple[int, ...]:
         """The number of channels of each block's stream, first block first."""
-        return tuple(self.embed_dim * 2**i for i, depth in enumerate(self.depths) for _ in range(depth))
+        return tuple(width for depth, width in self.stages for _ in range(depth))
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ class ViTConfig:
     num_heads: int = 12
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """Of each stage, here of the one, its blocks and its channels."""
+        return ((self.depth, self.embed_dim),)
 
     @property
     def block_widths(self) -> tuple[int, ...]:
@@ -106,7 +116,9 @@ class AdapterConfig:
     audio_gate: whether the audio stream's adapters have the outer gate; the video stream's always do
     (the released option `is_gate`). cross_modal: False leaves out the latent tokens' path. p1, p2: whether
     there are adapters beside the attention, beside the MLP. first_block: ViT only; blocks before it are
-    skipped altogether, frozen block and adapters alike (the released option `start_tune_layers`).
+    skipped altogether, frozen block and adapters alike (the released option `start_tune_layers`). gate_first: whether
+    the outer gate comes before LN_after, as in the released AVS code. zero_latents: whether latents begin at zero, as
+    in the released AVS and AVQA code, or uniform in [0, 1).
     """
 
     latents: int = 2
@@ -120,11 +132,13 @@ class AdapterConfig:
     p1: bool = True
     p2: bool = True
     first_block: int = 0
+    gate_first: bool = False
+    zero_latents: bool = False
 
 
 @dataclass(frozen=True)
 class SpectrogramConfig:
-    """Kaldi log-mel filter banks of one-second windows (AVE: protocol of the released data loader).
+    """Kaldi log-mel filter banks of windows, one for each frame (AVE: protocol of the released data loader).
 
     A window of `window_seconds` at `sample_rate` gives about 188 frames of `mel_bins`, normalised as
     (x - mean) / (2 std), then zero-padded to `frames` rows. Input to the model: (T, frames, mel_bins).
@@ -140,15 +154,67 @@ class SpectrogramConfig:
 
 
 VIT_SPECTROGRAM = SpectrogramConfig(mel_bins=128, frame_shift_ms=10.0, frames=102, mean=-4.1426, std=3.2001)
+# The released AVS and AVQA data loaders.
+AVS_SPECTROGRAM = SpectrogramConfig(
+    window_seconds=1.95, frame_shift_ms=10.0, mean=-5.210531711578369, std=3.5918314456939697
+)
+AVQA_SPECTROGRAM = SpectrogramConfig(
+    window_seconds=1.95, frame_shift_ms=10.0, mean=-5.385333061218262, std=3.5928637981414795
+)
+
+
+@dataclass(frozen=True)
+class AVEConfig:
+    """Event localisation: the classifier's hidden width."""
+
+    hidden: int = 512
+
+
+@dataclass(frozen=True)
+class AVSConfig:
+    """Segmentation: channels of the decoder, the stages (from 0) in which sound and picture meet by TPAVI, and the
+    side of frames and masks."""
+
+    channels: int = 256
+    tpavi_stages: tuple[int, ...] = (0, 1, 2, 3)
+    size: int = 224
+
+
+@dataclass(frozen=True)
+class AVQAConfig:
+    """Question answering: the vocabulary of the questions in the order of its embedding, "<pad>" among it, words of a
+    question, and the width that all is fused at."""
+
+    words: tuple[str, ...] = field(default=("<pad>", *(f"word {i}" for i in range(1, 93))), repr=False)
+    length: int = 14
+    width: int = 512
+
+
+@dataclass(frozen=True)
+class ActionConfig:
+    """Action recognition."""
+
+
+HEADS = {"ave": AVEConfig, "avs": AVSConfig, "avqa": AVQAConfig, "action": ActionConfig}
+TASKS = tuple(HEADS)
+# What a head has before a data set or a checkpoint names its classes.
+_CLASSES = {
+    "ave": AVE_CLASSES,
+    "avs": (),
+    "avqa": tuple(f"answer {i}" for i in range(1, 43)),
+    "action": tuple(f"action {i}" for i in range(1, 102)),
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that fixes a model's shapes and its inputs.
 
-    task: "ave". modality: "audio+video", or "video" / "audio" for the paper's Table 1 variants.
-    classes: the class names, background last. frames: T, frames and one-second windows a clip.
-    backbone_weights: where the frozen weights come from: a timm model name, a path, or None for random.
+    task: "ave" (event localisation), "avs" (segmentation), "avqa" (question answering) or "action" (recognition).
+    modality: "audio+video", or "video" / "audio" for the paper's Table 1 variants. classes: of "ave" the events,
+    background last; of "avqa" the answers; of "action" the actions; of "avs" none. frames: T, frames and audio windows
+    a clip. head: the task's own sizes. backbone_weights: where the frozen weights come from: a timm model name, a
+    path, or None for random. `classes` and `head` have the task's defaults.
     """
 
     backbone: SwinV2Config | ViTConfig
@@ -156,19 +222,35 @@ class Config:
     adapter: AdapterConfig = AdapterConfig()
     spectrogram: SpectrogramConfig = SpectrogramConfig()
     modality: str = "audio+video"
-    classes: tuple[str, ...] = field(default=AVE_CLASSES, repr=False)
+    classes: tuple[str, ...] = field(default=None, repr=False)
     frames: int = 10
+    head: AVEConfig | AVSConfig | AVQAConfig | ActionConfig = None
     backbone_weights: str | None = None
 
     def __post_init__(self) -> None:
-        if self.task != "ave":
-            raise ValueError(f"task: expected 'ave', got {self.task!r}")
+        if self.task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
+        if self.classes is None:
+            object.__setattr__(self, "classes", _CLASSES[self.task])
+        if self.head is None:
+            object.__setattr__(self, "head", HEADS[self.task]())
+        if not isinstance(self.classes, tuple):
+            raise ValueError(f"classes: expected names, got {self.classes!r}")
+        if type(self.head) is not HEADS[self.task]:
+            raise ValueError(f"head: expected {HEADS[self.task].__name__}, got {type(self.head).__name__}")
         if self.modality not in MODALITIES:
             raise ValueError(f"modality: expected one of {', '.join(MODALITIES)}, got {self.modality!r}")
-        if len(self.classes) < 2:
+        if self.task == "ave" and len(self.classes) < 2:
             raise ValueError(f"classes: expected at least one class and background, got {self.classes!r}")
+        if self.task in ("avqa", "action") and not self.classes:
+            raise ValueError("classes: expected at least one, got none")
         if self.frames < 1:
             raise ValueError(f"frames: expected at least 1, got {self.frames}")
+        if self.task == "avs":
+            if len(self.backbone.stages) != 4:
+                raise ValueError(f"backbone: expected one of four stages for avs, got {len(self.backbone.stages)}")
+            if not set(self.head.tpavi_stages) <= set(range(4)):
+                raise ValueError(f"head.tpavi_stages: expected stages from 0 to 3, got {self.head.tpavi_stages}")
         a = self.adapter
         for name in ("latents", "reduction", "groups"):
             if getattr(a, name) < 1:
@@ -190,6 +272,11 @@ class Config:
     def streams(self) -> tuple[str, ...]:
         """The streams that run, ("audio", "video") or one of them."""
         return ("audio", "video") if self.modality == "audio+video" else (self.modality,)
+
+    @property
+    def images(self) -> int:
+        """Images of a clip in each stream: action recognition has all of a clip's frames in one."""
+        return 1 if self.task == "action" else self.frames
 
     @property
     def width(self) -> int:
@@ -217,7 +304,7 @@ class Config:
 
         Args:
             opt: the released code's options, a mapping or a namespace (`num_tokens`, `Adapter_downsample`, ...).
-            task: "ave".
+            task: as in `Config`.
             backbone: `kind` ("swinv2" or "vit") and that timm class's constructor arguments.
             changes: fields of Config to set besides.
 
@@ -243,8 +330,16 @@ class Config:
         )
         parsed = _backbone_from_mapping(backbone)
         spectrogram = VIT_SPECTROGRAM if parsed.kind == "vit" else SpectrogramConfig()
-        values = {"task": task, "backbone": parsed, "adapter": adapter, "spectrogram": spectrogram} | changes
-        return cls(**values)
+        values = {"task": task, "backbone": parsed, "adapter": adapter, "spectrogram": spectrogram}
+        if task == "avs":  # it has no LN_before, even when asked
+            own = dataclasses.replace(adapter, ln_before=False, gate_first=True, zero_latents=True)
+            values |= {"adapter": own, "spectrogram": AVS_SPECTROGRAM, "frames": 5}
+        elif task == "avqa":
+            own = dataclasses.replace(adapter, zero_latents=True)
+            values |= {"adapter": own, "spectrogram": AVQA_SPECTROGRAM}
+        elif task != "ave":
+            raise ValueError(f"task: expected one with released code, ave, avs or avqa, got {task!r}")
+        return cls(**values | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json; `from_dict` reads it back."""
@@ -263,6 +358,10 @@ class Config:
             values["backbone"] = _backbone_from_mapping(values["backbone"])
         if isinstance(values.get("classes"), list):
             values["classes"] = tuple(map(str, values["classes"]))
+        task = values.get("task", "ave")
+        if isinstance(values.get("head"), Mapping) and task in TASKS:
+            lists = {name: tuple(value) for name, value in values["head"].items() if isinstance(value, list)}
+            values["head"] = _build(HEADS[task], values["head"] | lists, "head")
         return _build(cls, values, "config")
 
 
@@ -340,16 +439,37 @@ def _vit(embed_dim: int, depth: int, heads: int, weights: str) -> Config:
     return Config(backbone=backbone, spectrogram=VIT_SPECTROGRAM, backbone_weights=weights)
 
 
-_PRESETS = {
-    "ave-swinv2-large": _swin(192, (2, 2, 18, 2), 6, "swinv2_large_window12_192.ms_in22k"),
-    "ave-swinv2-base": _swin(128, (2, 2, 18, 2), 4, "swinv2_base_window12_192.ms_in22k"),
-    "ave-swinv2-small": _swin(96, (2, 2, 18, 2), 3, "swinv2_small_window8_256.ms_in1k", 8),
-    "ave-swinv2-tiny": _swin(96, (2, 2, 6, 2), 3, "swinv2_tiny_window8_256.ms_in1k", 8),
-    "ave-vit-large": _vit(1024, 24, 16, "vit_large_patch16_224.augreg_in21k"),
-    "ave-vit-base": _vit(768, 12, 12, "vit_base_patch16_224.augreg_in21k"),
-    "ave-vit-small": _vit(384, 12, 6, "vit_small_patch16_224.augreg_in21k"),
-    "ave-vit-tiny": _vit(192, 12, 3, "vit_tiny_patch16_224.augreg_in21k"),
+_SWINS = {
+    "swinv2-large": _swin(192, (2, 2, 18, 2), 6, "swinv2_large_window12_192.ms_in22k"),
+    "swinv2-base": _swin(128, (2, 2, 18, 2), 4, "swinv2_base_window12_192.ms_in22k"),
+    "swinv2-small": _swin(96, (2, 2, 18, 2), 3, "swinv2_small_window8_256.ms_in1k", 8),
+    "swinv2-tiny": _swin(96, (2, 2, 6, 2), 3, "swinv2_tiny_window8_256.ms_in1k", 8),
 }
+_VITS = {
+    "vit-large": _vit(1024, 24, 16, "vit_large_patch16_224.augreg_in21k"),
+    "vit-base": _vit(768, 12, 12, "vit_base_patch16_224.augreg_in21k"),
+    "vit-small": _vit(384, 12, 6, "vit_small_patch16_224.augreg_in21k"),
+    "vit-tiny": _vit(192, 12, 3, "vit_tiny_patch16_224.augreg_in21k"),
+}
+# The paper's latents, reduction and groups; without BatchNorm and audio gates as the released README trains them.
+_AVS = AdapterConfig(
+    latents=16,
+    reduction=4,
+    batch_norm=False,
+    ln_before=False,
+    audio_gate=False,
+    gate_first=True,
+    zero_latents=True,
+)
+_AVQA = AdapterConfig(latents=16, reduction=4, batch_norm=False, zero_latents=True)
+_PRESETS = {f"ave-{name}": config for name, config in (_SWINS | _VITS).items()}
+for _name, _config in _SWINS.items():
+    _PRESETS[f"avs-{_name}"] = dataclasses.replace(
+        _config, task="avs", adapter=_AVS, spectrogram=AVS_SPECTROGRAM, frames=5, classes=None, head=None
+    )
+    _PRESETS[f"avqa-{_name}"] = dataclasses.replace(
+        _config, task="avqa", adapter=_AVQA, spectrogram=AVQA_SPECTROGRAM, classes=None, head=None
+    )
 
 
 @dataclass(frozen=True)
@@ -380,6 +500,11 @@ class TrainConfig:
     on_nan: str = "skip"
     checkpointing: bool = False
 
+    @classmethod
+    def of_task(cls, task: str) -> TrainConfig:
+        """The paper's settings for a task; for action recognition, of which it says none, our own."""
+        return cls(**_TRAINING[task])
+
     def __post_init__(self) -> None:
         minima = {"batch_size": 1, "epochs": 1, "lr_step": 1, "accumulate": 1, "patience": 1}
         for name, least in (minima | {"seed": 0, "workers": 0, "save_every": 1}).items():
@@ -398,3 +523,11 @@ class TrainConfig:
             raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
         if not isinstance(self.checkpointing, bool):
             raise ValueError(f"checkpointing: expected True or False, got {self.checkpointing!r}")
+
+
+_TRAINING = {
+    "ave": {},
+    "avs": {"batch_size": 4, "epochs": 30, "lr": 1e-4, "head_lr": 1e-4},
+    "avqa": {"batch_size": 1, "epochs": 30, "lr": 8e-5, "head_lr": 3e-6, "lr_step": 8, "lr_gamma": 0.1},
+    "action": {"batch_size": 8, "lr": 1e-4, "head_lr": 1e-3},
+}

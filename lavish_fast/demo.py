@@ -63,8 +63,8 @@ def run(out: Path, *, seed: int, console: Console) -> None:
         task = progress.add_task("writing clips", total=total)
         written = lambda done, _: progress.update(task, completed=done)  # noqa: E731
         synthetic.write_dataset(data, **CLIPS, seed=seed, progress=written)
-        config = dataclasses.replace(CONFIG, classes=ave.classes_of(data))
-        sets = {split: ave.AVEDataset(data, split, config, cache=True) for split in CLIPS}
+        config = ave.settle(CONFIG, data)
+        sets = {split: ave.Dataset(data, split, config, cache=True) for split in CLIPS}
         task = progress.add_task("reading clips", total=total)
         for split in sets.values():
             for i in range(len(split)):
@@ -108,9 +108,9 @@ def run(out: Path, *, seed: int, console: Console) -> None:
         ],
         curves=plots.training_curves(history),
     )
-    single = max(results["video"].accuracy, results["audio"].accuracy)
+    single = max(results["video"].score, results["audio"].score)
     console.print(
-        f"audio+video is {100 * (best.accuracy - single):.1f} points above the better single stream. "
+        f"audio+video is {100 * (best.score - single):.1f} points above the better single stream. "
         f"{seconds:.0f} s in all.\nLook at [bold]{out / 'report.html'}[/bold], or try\n"
         f"  lavish-fast localize {data / 'videos' / names[0]}.mp4 --checkpoint {runs / 'audio+video' / 'best'}",
         soft_wrap=True,
@@ -122,7 +122,7 @@ def _summary(data: Path, models: dict[str, Model], results: dict[str, training.E
     oracle = synthetic.oracle_accuracies(data, "test")
     return {
         modality: {
-            "accuracy": result.accuracy,
+            "accuracy": result.score,
             "perfect_senses": oracle[modality],
             "chance": oracle["chance"],
             "trainable_parameters": sum(p.numel() for _, p in models[modality].trainable_parameters()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ class FoldedStep(nn.Module):
     """`Step` without a kernel: one product for the adapters of all streams, with what only scales and shifts in it.
 
     LN_before's weights and BN1 go into down, BN2 into up; the outer gate into LN_after's weights, or, without LN_after,
-    into up.
+    into up, where it also goes if it comes before LN_after.
     """
 
     def __init__(self, norm: nn.LayerNorm, adapters: list[LavishAdapter], path: str) -> None:
@@ -97,10 +99,10 @@ def _fold(adapter: LavishAdapter, groups: int) -> dict[str, Tensor | None]:
     down, down_bias = _fold_batch_norm(adapter.bn1, down, down_bias)
     up, up_bias = _fold_batch_norm(adapter.bn2, up, up_bias)
     ln_weight = ln_bias = None
+    if adapter.ln_after is None or adapter.gate_first:
+        up, up_bias, gate = up * gate, up_bias * gate, 1.0
     if adapter.ln_after is not None:
         ln_weight, ln_bias = (p.double()[None, None] * gate for p in (adapter.ln_after.weight, adapter.ln_after.bias))
-    else:
-        up, up_bias = up * gate, up_bias * gate
     return {
         "latents": None if adapter.latents is None else adapter.latents[None],
         "gate_av": None if adapter.latents is None else adapter.gate_av[None, None],
@@ -163,6 +165,6 @@ class Inference(Concatenated):
         return super().train(False)
 
     @torch.no_grad()
-    def classify(self, *streams: Tensor) -> Tensor:
-        """Images of each stream, (n, 3, S, S), audio first, to class probabilities (n, K)."""
-        return super().classify(*streams)
+    def classify(self, *inputs: Tensor) -> Any:
+        """As `Model.classify`."""
+        return super().classify(*inputs)

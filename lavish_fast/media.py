@@ -42,6 +42,7 @@ VIDEO_SUFFIXES = (
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 FRAME_RATE = 3.0  # frames per second at which AVE videos are extracted
+SILENCE = "silence used"  # the end of each warning that there is no sound
 MAX_PIXELS = 8192 * 8192  # of one frame
 MAX_SECONDS = 3600.0
 MAX_AUDIO_DELAY = 0.05  # seconds of a late audio stream that count as jitter of the container
@@ -75,14 +76,20 @@ class MediaError(ValueError):
 class Clip(NamedTuple):
     """What the model reads of one file.
 
-    audio: (T, spectrogram.frames, mel_bins) float32, normalised. video: (T, 3, S, S) float32, normalised by the
-    ImageNet mean and std. duration: seconds. warnings: one line each, with the file's path.
+    audio: (T, spectrogram.frames, mel_bins) float32, normalised; T = 1 for a spectrogram of the whole clip.
+    video: (T, 3, S, S) float32, normalised by the ImageNet mean and std. duration: seconds. warnings: one line each,
+    with the file's path.
     """
 
     audio: Tensor
     video: Tensor
     duration: float
     warnings: tuple[str, ...] = ()
+
+    @property
+    def silent(self) -> bool:
+        """Whether silence stands in for sound that the file lacks."""
+        return any(line.endswith(SILENCE) for line in self.warnings)
 
 
 def load_clip(
@@ -92,6 +99,7 @@ def load_clip(
     img_size: int = 192,
     spectrogram: SpectrogramConfig = _SPECTROGRAM,
     antialias: bool = False,
+    frame_rate: float | None = FRAME_RATE,
 ) -> Clip:
     """The clip of a video file, sampled as the released AVE loader samples extracted frames and wav files.
 
@@ -104,15 +112,18 @@ def load_clip(
         frames: T; None for one a second, at least 1.
         img_size: S, in pixels.
         antialias: of the bicubic resize. The released results come from a torchvision without it.
+        frame_rate: frames a second that are extracted; None for all of the file's own.
 
     Raises: MediaError naming the file and the reason; ValueError for arguments out of range.
     """
     _check_sizes(frames, img_size)
+    if frame_rate is not None and not 0 < frame_rate < math.inf:
+        raise ValueError(f"frame_rate: expected a positive number or None, got {frame_rate}")
     path = _local_file(path)
     damage: Counter[str] = Counter()
     source = _scan(path, spectrogram.sample_rate, damage)
     count = frames or max(1, round(source.duration))
-    video = _sampled_video(path, source, count, img_size, antialias, damage)
+    video = _sampled_video(path, source, count, img_size, antialias, frame_rate, damage)
     audio = spectrograms(source.waveform, count, spectrogram)
     return Clip(audio, video, source.duration, _warnings(path, source.warnings, damage))
 
@@ -143,7 +154,7 @@ def load_frames_and_wav(
             sound.hear(packet)
         sound.hear(None)
     waveform = sound.waveform(spectrogram.sample_rate)
-    warnings = [] if len(waveform) else ["no sound could be decoded from its audio stream, silence used"]
+    warnings = [] if len(waveform) else [f"no sound could be decoded from its audio stream, {SILENCE}"]
     duration = len(waveform) / spectrogram.sample_rate or len(images) / FRAME_RATE
     count = frames or max(1, round(duration))
     resized: dict[int, Tensor] = {}
@@ -450,18 +461,30 @@ def spectrograms(waveform: Tensor, frames: int, spectrogram: SpectrogramConfig, 
     waveform: (samples,) float in [-1, 1] at the spectrogram's rate. Windows start at
     linspace(0, samples - 1.1 s, T); a waveform of 1.1 s or less is used whole for all of them, with zeros up to
     one second. Rows that are missing to `spectrogram.frames` are zeros of the normalised scale.
+    With `spectrogram.window_seconds` 0 there is one spectrogram, of the whole waveform: each of its rows is the mean
+    of the rows in that part of the waveform, so that any length fills all of them.
     reference: by torchaudio, window by window.
 
-    Returns: (T, spectrogram.frames, mel_bins).
+    Returns: (T, spectrogram.frames, mel_bins), or (1, spectrogram.frames, mel_bins).
     """
-    windows = _windows(waveform, frames, spectrogram)
+    whole = not spectrogram.window_seconds
+    windows = _whole(waveform, spectrogram)[None] if whole else _windows(waveform, frames, spectrogram)
     if reference:
         mel = torch.stack([fbank_reference(window, spectrogram) for window in windows])
     else:
         mel = fbank(windows, spectrogram)
-    mel = mel[:, : spectrogram.frames].sub(spectrogram.mean).div_(2 * spectrogram.std)
-    mel = F.pad(mel, (0, 0, 0, spectrogram.frames - mel.shape[1]))
-    return mel if len(mel) == frames else mel.repeat(frames, 1, 1)
+    rows = spectrogram.frames
+    mel = F.adaptive_avg_pool1d(mel.mT, rows).mT if whole else mel[:, :rows]
+    mel = mel.sub(spectrogram.mean).div_(2 * spectrogram.std)
+    mel = F.pad(mel, (0, 0, 0, rows - mel.shape[1]))
+    return mel if whole or len(mel) == frames else mel.repeat(frames, 1, 1)
+
+
+def _whole(waveform: Tensor, spectrogram: SpectrogramConfig) -> Tensor:
+    """(samples,) without its mean, at least one of Kaldi's frames."""
+    if len(waveform):
+        waveform = waveform - waveform.mean()
+    return F.pad(waveform, (0, max(0, int(spectrogram.sample_rate * _FRAME_MS * 0.001) - len(waveform))))
 
 
 def _windows(waveform: Tensor, frames: int, spectrogram: SpectrogramConfig) -> Tensor:
@@ -738,12 +761,12 @@ def _scan(path: str, sample_rate: int, damage: Counter[str]) -> _Source:
         declared = (container.duration or 0) / 1e6
         streams, sound = [video], None
         if container.streams.audio:
-            warnings = ["no sound could be decoded from its audio stream, silence used"]
+            warnings = [f"no sound could be decoded from its audio stream, {SILENCE}"]
             if container.streams.audio[0].codec_context is not None:
                 sound = _Sound(path, container.streams.audio[0], None, damage)
                 streams.append(sound.stream)
         else:
-            warnings = ["no audio stream, silence used"]
+            warnings = [f"no audio stream, {SILENCE}"]
         for packet in _packets(container, streams, damage):
             if packet.stream_index != video.index:
                 sound.hear(packet)
@@ -800,13 +823,17 @@ def _at_frame_rate(times: list[float], durations: list[float], rate: float = FRA
     return shown + [len(times) - 1] * sorted(repeats)[1]
 
 
-def _sample(shown: list[tuple[int, int]], tick: Fraction, step: Fraction, origin: float, count: int) -> list[int]:
+def _sample(
+    shown: list[tuple[int, int]], tick: Fraction, step: Fraction, origin: float, count: int, rate: float | None
+) -> list[int]:
     """The keys (timestamps or numbers) of the frames that a clip of `count` takes."""
+    if rate is None:
+        return [shown[i - 1][0] for i in np.linspace(1, len(shown), count, dtype=int)]
     times = [float(key * tick) - origin for key, _ in shown]
     gaps = [after - before for before, after in pairwise(times)]
     gaps.append(gaps[-1] if gaps else float(step))
     durations = [float(length * tick) or gap for (_, length), gap in zip(shown, gaps)]
-    extracted = _at_frame_rate(times, durations)
+    extracted = _at_frame_rate(times, durations, rate)
     return [shown[extracted[i - 1]][0] for i in np.linspace(1, len(extracted), count, dtype=int)]
 
 
@@ -823,7 +850,9 @@ def _keyed_frames(path: str, numbered: bool, damage: Counter[str]) -> Iterator[t
                 number += 1
 
 
-def _sampled_video(path: str, source: _Source, count: int, size: int, antialias: bool, damage: Counter[str]) -> Tensor:
+def _sampled_video(
+    path: str, source: _Source, count: int, size: int, antialias: bool, rate: float | None, damage: Counter[str]
+) -> Tensor:
     """(count, 3, size, size): only the frames wanted are converted, each resized as soon as it is decoded."""
 
     def decode(wanted: list[int], numbered: bool, damage: Counter[str]) -> dict[int, Tensor]:
@@ -839,7 +868,7 @@ def _sampled_video(path: str, source: _Source, count: int, size: int, antialias:
 
     if source.shown is not None:
         found: Counter[str] = Counter()
-        wanted = _sample(source.shown, source.tick, source.step, source.origin, count)
+        wanted = _sample(source.shown, source.tick, source.step, source.origin, count, rate)
         got = decode(wanted, False, found)
         if len(got) == len(set(wanted)):
             damage.update(found)
@@ -852,7 +881,7 @@ def _sampled_video(path: str, source: _Source, count: int, size: int, antialias:
     tick = source.step if numbered else source.tick
     origin = min(source.origin, float(shown[0][0] * tick))
     _check_duration(path, float(shown[-1][0] * tick) - origin)
-    wanted = _sample(shown, tick, source.step, origin, count)
+    wanted = _sample(shown, tick, source.step, origin, count, rate)
     got = decode(wanted, numbered, damage)
     return torch.stack([got[key] for key in wanted])
 

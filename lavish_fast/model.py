@@ -5,21 +5,64 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lavish_fast import backbones, checkpoint, ops
+from lavish_fast import backbones, checkpoint, ops, tasks
 from lavish_fast.adapter import BlockAdapters, LavishAdapter
-from lavish_fast.backbones import PLACES
+from lavish_fast.backbones import PLACES, Encoded
 from lavish_fast.config import Config
-from lavish_fast.tasks.ave import AVEHead
 
 
-class Model(nn.Module):
-    """LAVISH, called as the released networks are: `model(audio, video)`.
+class Network(nn.Module):
+    """What a model and its faster forms share: from the released call's arguments to the head's outputs.
+
+    Each has `config`, `head`, `encode(*streams)` and `frozen(images)`.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The task's outputs for the arguments of the released network, by place or by name.
+
+        | task | arguments | outputs |
+        |---|---|---|
+        | ave | audio, video | probabilities (B * T, K), clip by clip, second by second |
+        | avs | video, audio | mask logits (B * T, 1, size, size), four feature maps, audio features |
+        | avqa | audio, positive, negative, question | answer logits (B, K), match logits (B * T, 2) twice |
+        | action | audio, video | class logits (B, K) |
+
+        Of a stream that does not run, anything or nothing is given. Shapes: `tasks.<task>.inputs`.
+
+        Raises: ValueError naming the input, what was expected and what came.
+        """
+        return self.classify(*tasks.load(self.config.task).inputs(self.config, *args, **kwargs).values())
+
+    def classify(self, *inputs: Tensor) -> Any:
+        """What `tasks.<task>.inputs` gives, in its order, to the head's outputs.
+
+        Images of each stream, (n, 3, H, W), audio first; then what else the head takes, of which images go through the
+        frozen backbone alone.
+        """
+        streams, extras = inputs[: len(self.config.streams)], inputs[len(self.config.streams) :]
+        extras = [self.frozen(x) if x.ndim == 4 else x for x in extras]
+        return self.read(self.encode(*streams), *extras)
+
+    def read(self, encoded: Encoded, *extras: Tensor) -> Any:
+        """The head's outputs."""
+        return self.head(encoded, *extras)
+
+    def _ends(self) -> set[int]:
+        """How many blocks have run when a stage ends that the head reads."""
+        depths = [depth for depth, _ in self.config.backbone.stages]
+        ends = [end - self.config.adapter.first_block for end in accumulate(depths)]
+        return set(ends if self.head.reads_stages else ends[-1:])
+
+
+class Model(Network):
+    """LAVISH, called as the released networks are: for event localisation `model(audio, video)`, see `forward`.
 
     `Model(config)` has a random backbone; `load_backbone` puts pretrained weights in, `from_official` takes a
     released network's state dict, `from_pretrained` what `save_pretrained` wrote.
@@ -54,37 +97,32 @@ class Model(nn.Module):
             )
             for width in config.backbone.block_widths[settings.first_block :]
         )
-        self.head = AVEHead(len(config.streams) * config.width, len(config.classes))
+        self.head = tasks.load(config.task).Head(config)
 
-    def forward(self, audio: Any, video: Tensor | None = None) -> Tensor:
-        """Class probabilities of every second.
+    def features(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The streams' features side by side, (n, 2C), as the released networks have them, for `forward`'s arguments.
 
-        Args:
-            audio: spectrograms (B, T, frames, mel bins), or a list whose first entry is that; None if unused.
-            video: frames (B, T, 3, S, S), ImageNet-normalised; None if unused.
-
-        Returns: (B * T, K), clip by clip, second by second.
-
-        Raises: ValueError naming the input, what was expected and what came.
+        Video then audio for Swin-V2, audio then video for ViT; C for one stream.
         """
-        return self.head(self.features(audio, video))
+        inputs = tasks.load(self.config.task).inputs(self.config, *args, **kwargs)
+        return tasks.side_by_side(self.config, self.encode(*list(inputs.values())[: len(self.config.streams)]))
 
-    def features(self, audio: Any, video: Tensor | None = None) -> Tensor:
-        """The head's input (B * T, 2C): video then audio for Swin-V2, audio then video for ViT; C for one stream."""
-        return self._features(*images(self.config, audio, video).values())
-
-    def classify(self, *streams: Tensor) -> Tensor:
-        """Images of each stream, (n, 3, H, W), audio first, to class probabilities (n, K)."""
-        return self.head(self._features(*streams))
-
-    def _features(self, *streams: Tensor) -> Tensor:
-        xs = [self.backbone.embed(x) for x in streams]
+    def encode(self, *streams: Tensor) -> Encoded:
+        """Images of each stream, (n, 3, H, W), audio first, through the backbone and the adapters."""
+        xs, stages, ends = [self.backbone.embed(x) for x in streams], [], self._ends()
         first = self.config.adapter.first_block
         for i, block in enumerate(self.backbone.blocks[first:], first):
             xs = [self.backbone.enter(i, x) for x in xs]
             xs = self.adapters[i - first](block, xs)
-        pooled = [self.backbone.pool(x) for x in xs]
-        return torch.cat(pooled if self.config.backbone.kind == "vit" else pooled[::-1], -1)
+            if i - first + 1 in ends:
+                stages.append(list(xs))
+        stages[-1] = [self.backbone.finish(x) for x in stages[-1]]
+        return Encoded(stages, [self.backbone.pool(x) for x in stages[-1]])
+
+    @torch.no_grad()
+    def frozen(self, images: Tensor) -> Tensor:
+        """Images (n, 3, H, W) through the frozen backbone alone: tokens (n, N, C) after the final norm."""
+        return self.backbone.tokens(images)
 
     def set_path(self, path: str) -> Model:
         """Sets the path of every op, "auto", "fused" or "reference" (see `lavish_fast.ops`), and returns the model.
@@ -138,10 +176,14 @@ class Model(nn.Module):
     def from_official(cls, state_dict: Mapping[str, Tensor], config: Config) -> Model:
         """A model with the weights of a released network, e.g. `torch.load(path, weights_only=True)`.
 
+        What the released options do not say (channels, classes, vocabulary) is read off the tensors' shapes.
+
         Raises: ValueError naming the tensors that do not fit the configuration.
         """
-        model = cls(config)
-        checkpoint.load_strict(model, checkpoint.from_official(state_dict), "official state dict")
+        task = tasks.load(config.task)
+        tensors = checkpoint.from_official(state_dict, task.HEAD_NAMES)
+        model = cls(task.fitted(config, tensors))
+        checkpoint.load_strict(model, tensors, "official state dict")
         return model
 
     def save_pretrained(
@@ -200,36 +242,6 @@ class Model(nn.Module):
                 f"{source}: expected the backbone it was trained on (checksum {str(expected)[:12]}), got {got[:12]}"
             )
         return model.eval()
-
-
-def images(config: Config, audio: Any, video: Tensor | None) -> dict[str, Tensor]:
-    """What the backbone sees of each stream that runs, by name, audio first: (B * T, 3, H, W).
-
-    Raises: ValueError naming the input, what was expected and what came.
-    """
-    if isinstance(audio, (list, tuple)):
-        audio = audio[0] if len(audio) else None
-    side, spectrogram = config.backbone.img_size, config.spectrogram
-    # A ViT takes spectrograms of any size; Swin-V2's windows are laid out for one size of image.
-    shape = (side, side) if config.backbone.kind == "swinv2" else (spectrogram.frames, spectrogram.mel_bins)
-    given = {"audio": (audio, shape), "video": (video, (3, side, side))}
-    found = {}
-    for stream in config.streams:
-        x, expected = given[stream]
-        wanted = f"{stream}: expected a floating tensor (B, T, {', '.join(map(str, expected))})"
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{wanted}, got {type(x).__name__}")
-        if x.ndim != 2 + len(expected) or tuple(x.shape[2:]) != expected or not x.is_floating_point():
-            raise ValueError(f"{wanted}, got {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}")
-        if stream == "audio":
-            x = x.unsqueeze(2).expand(-1, -1, 3, -1, -1)
-        found[stream] = x.flatten(0, 1)
-    if len(found) == 2 and audio.shape[:2] != video.shape[:2]:
-        raise ValueError(
-            f"audio and video: expected the same clips and seconds (B, T), "
-            f"got {tuple(audio.shape[:2])} and {tuple(video.shape[:2])}"
-        )
-    return found
 
 
 class _Trainable(nn.Module):

@@ -234,8 +234,16 @@ def _weights(adapters, norm) -> tuple:
         return adapter_kernel.BatchNorm(module.running_mean, module.running_var, module.weight, module.bias)
 
     def weights(a: LavishAdapter):
+        up, gate = a.up, a.gate
         norms = layer_norm(a.ln_before), batch_norm(a.bn1), batch_norm(a.bn2), layer_norm(a.ln_after)
-        return adapter_kernel.Weights(a.gate_av, norms[0], a.down, norms[1], a.up, norms[2], norms[3], a.gate)
+        if gate is not None and a.gate_first:  # the kernels' gate comes last; what is before LN_after takes it in
+            before, bn1, bn2, after = norms
+            if bn2 is None:
+                up = up * gate
+            else:
+                norms = before, bn1, bn2._replace(weight=bn2.weight * gate, bias=bn2.bias * gate), after
+            gate = None
+        return adapter_kernel.Weights(a.gate_av, norms[0], a.down, norms[1], up, norms[2], norms[3], gate)
 
     return [weights(a) for a in adapters], layer_norm(norm)
 

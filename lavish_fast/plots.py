@@ -111,10 +111,10 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
 
     figure = Figure(figsize=(_WIDTH, 3.6), dpi=_DPI, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
-    panels = {"train_loss": "training loss", "val_accuracy": "validation accuracy"}
+    panels = {"train_loss": "training loss", "val_score": "validation score"}
     for axes, (key, label) in zip(figure.subplots(1, 2), panels.items()):
         for (name, rows), colour in zip(history.items(), _PALETTE):
-            epochs = [row for row in rows if "val_accuracy" in row]
+            epochs = [row for row in rows if "val_score" in row]
             x, y = [row["epoch"] for row in epochs], [row[key] for row in epochs]
             axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
         axes.set_title(label, fontsize=11, color=_INK, loc="left")

@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from lavish_fast import ops
+from lavish_fast import ops, tasks
 from lavish_fast.adapter import BlockAdapters
 from lavish_fast.concatenated import Concatenated, sharing
 from lavish_fast.config import Config
 from lavish_fast.inference import Inference
-from lavish_fast.model import Model, images
+from lavish_fast.model import Model
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # clips
 LOSS_SCALE = 2.0**16  # the first, of torch.amp.GradScaler, as the three below
@@ -98,7 +98,7 @@ def optimize(
     explain(network)  # raises where "fused" cannot be had
     if compile:
         _compile(parts)
-    sizes = sorted({size * model.config.frames for size in sizes})
+    sizes = sorted({size * model.config.images for size in sizes})
     return Fast(model, network, dtype or parameter.dtype, sizes if cuda and cuda_graphs is not False else None)
 
 
@@ -115,16 +115,27 @@ class Fast:
         self._run = network.classify if sizes is None else Graphs(network.classify, sizes)
 
     @torch.no_grad()
-    def __call__(self, audio: Any, video: Tensor | None = None) -> Tensor:
-        """Class probabilities (B * T, K) of what `Model.forward` takes, on the model's device.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs for what `Model.forward` takes, on the model's device.
 
         Raises: ValueError naming the input, what was expected and what came.
         """
-        streams = images(self.config, audio, video)
-        for name, x in streams.items():
-            if x.device != self._device:
-                raise ValueError(f"{name}: expected a tensor on {self._device}, got one on {x.device}")
-        return self._run(*(x.to(self._dtype) for x in streams.values())).to(self._out_dtype)
+        given = _inputs(self.config, self._device, args, kwargs)
+        return _cast(self._run(*_cast(given, self._dtype)), self._out_dtype)
+
+
+def _cast(tensors: Any, dtype: torch.dtype) -> Any:
+    """A tensor or a structure of them with the floating ones in another type."""
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, tensors)
+
+
+def _inputs(config: Config, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """What `Model.classify` takes of the arguments of `Model.forward`, once all of it is on the device."""
+    given = tasks.load(config.task).inputs(config, *args, **kwargs)
+    for name, x in given.items():
+        if x.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+    return tuple(given.values())
 
 
 class FastTraining(nn.Module):
@@ -167,36 +178,36 @@ class FastTraining(nn.Module):
             for part in parts:
                 part.forward = _Checkpointed(part, _drops(self.config))
         self._graphed: dict[int, Callable[..., Tensor]] = {}
-        self._sizes = None if batch_sizes is None else {size * model.config.frames for size in batch_sizes}
+        self._sizes = None if batch_sizes is None else {size * model.config.images for size in batch_sizes}
         self._cuda_graphs = _captures(self, cuda_graphs)
         own = {id(buffer) for buffer in _Statistics(self).buffers}
         # Read by DistributedDataParallel, which would broadcast every buffer before each forward pass.
         self._ddp_params_and_buffers_to_ignore = [n for n, buffer in self.named_buffers() if id(buffer) not in own]
         self.train()
 
-    def forward(self, audio: Any, video: Tensor | None = None) -> Tensor:
-        """Class probabilities (B * T, K) of what `Model.forward` takes, on the model's device.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs for what `Model.forward` takes, on the model's device.
 
         Raises: ValueError naming the input, what was expected and what came.
         """
-        given = tuple(_images(self, audio, video).values())
-        return self._choose(given)(*given).to(self._out_dtype)
+        given = _inputs(self.config, next(self.parameters()).device, args, kwargs)
+        return _cast(self._choose(given)(*given), self._out_dtype)
 
-    def classify(self, *streams: Tensor) -> Tensor:
-        """Images of each stream, (n, 3, S, S), audio first, to class probabilities (n, K), without a graph."""
-        return _Classify(self.network, self._autocast)(*streams).to(self._out_dtype)
+    def classify(self, *inputs: Tensor) -> Any:
+        """As `Model.classify`, without a graph."""
+        return _cast(_Classify(self.network, self._autocast)(*inputs), self._out_dtype)
 
-    def _choose(self, streams: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    def _choose(self, given: tuple[Tensor, ...]) -> Callable[..., Any]:
         classify = _Classify(self.network, self._autocast)
         if not (self._cuda_graphs and self.training and torch.is_grad_enabled()):
             return classify
-        rows = len(streams[0])
+        rows = len(given[0])
         if self._sizes is None:
             self._sizes = {rows}
         if rows in self._sizes and rows not in self._graphed:
             statistics = _Statistics(self.network)
             before = statistics.flat()
-            samples = tuple(x.clone() for x in streams)
+            samples = tuple(x.clone() for x in given)
             self._graphed[rows] = torch.cuda.make_graphed_callables(classify, samples, allow_unused_input=True)
             statistics.put(before)  # the runs before the capture are no steps
         if rows not in self._graphed:
@@ -206,15 +217,6 @@ class FastTraining(nn.Module):
             for p, gradient in zip(held, torch._foreach_mul([p.grad for p in held], 1)):
                 p.grad = gradient
         return self._graphed[rows]
-
-
-def _images(network: Model | FastTraining, audio: Any, video: Tensor | None) -> dict[str, Tensor]:
-    """`images` on the network's device."""
-    streams, device = images(network.config, audio, video), next(network.parameters()).device
-    for name, x in streams.items():
-        if x.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
-    return streams
 
 
 def _drops(config: Config) -> bool:
@@ -294,11 +296,11 @@ class _Classify(nn.Module):
         super().__init__()
         self.network, self.dtype = network, dtype
 
-    def forward(self, *streams: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Any:
         if self.dtype in (None, next(self.network.parameters()).dtype):
-            return self.network.classify(*streams)
-        with torch.autocast(streams[0].device.type, self.dtype, cache_enabled=False):
-            return self.network.classify(*streams)
+            return self.network.classify(*inputs)
+        with torch.autocast(inputs[0].device.type, self.dtype, cache_enabled=False):
+            return self.network.classify(*inputs)
 
 
 def _compile(parts: Iterable[nn.Module]) -> None:
@@ -430,7 +432,7 @@ class TrainingStep:
 
         step = TrainingStep(optimize(model, training=True), ave.loss, optimizer)
         for audio, video, labels in loader:
-            step.accumulate(audio, video, labels)  # as often as a step has micro-batches
+            step.accumulate(audio, video, labels=labels)  # as often as a step has micro-batches
             outcome = step.finish()
 
     A micro-batch counts by its segments, so k of them are one batch k times as large, but for BatchNorm. A step in
@@ -446,8 +448,8 @@ class TrainingStep:
 
     Args:
         network: a `Model`, or what `optimize` made of it for training.
-        loss: of probabilities (B * T, K) and labels, their mean over the segments, a scalar. It must not read tensors
-            on the host. Rows of probabilities that are not finite reach it as 1 / K.
+        loss: of the network's outputs and labels, their mean over the labels' entries (the segments), a scalar. It must
+            not read tensors on the host. Rows of the first output that are not finite reach it as 1 / K, K columns.
         optimizer: torch.optim.Adam or AdamW with fused=True. Its learning rates may be changed at any time.
         loss_scale: the first factor of the loss, doubled after 2000 steps without an overflow and halved by one; by
             default 65536 for a network in float16 and none for others.
@@ -525,22 +527,20 @@ class TrainingStep:
             if name in state:
                 own.copy_(state[name])
 
-    def accumulate(self, audio: Any, video: Tensor | None, labels: Tensor) -> Tensor:
+    def accumulate(self, *args: Any, labels: Tensor, **kwargs: Any) -> Tensor:
         """Adds a micro-batch's gradients to the step's.
 
         Args:
-            audio, video: as for `Model.forward`, on the model's device.
-            labels: (B, ...), a class for each segment.
+            args, kwargs: as for `Model.forward`, on the model's device.
+            labels: (B, ...), for event localisation a class for each segment.
 
-        Returns: (B,) bool on the device, False for clips that are to blame for probabilities that are not finite:
-            those whose inputs are not, and if there are none, those whose probabilities are not.
+        Returns: (B,) bool on the device, False for clips that are to blame for outputs that are not finite: those whose
+            inputs are not, and if there are none, those whose outputs are not.
 
         Raises: ValueError naming the tensor, what was expected and what came.
         """
-        audio = audio[0] if isinstance(audio, (list, tuple)) and audio else audio
-        _images(self.network, audio, video)
-        inputs = [{"audio": audio, "video": video}[name] for name in self.network.config.streams]
-        clips = len(inputs[0])
+        inputs = _inputs(self.network.config, self._device, args, kwargs)
+        clips = len(next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
         if not isinstance(labels, Tensor) or labels.device != self._device or not labels.ndim or len(labels) != clips:
             got = f"{tuple(labels.shape)} on {labels.device}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"labels: expected a tensor ({clips}, ...) on {self._device}, got {got}")
@@ -594,18 +594,19 @@ class TrainingStep:
 
     def _add(self, given: list[Tensor], fine: Tensor) -> None:
         *inputs, labels = given
-        named, clips = dict(zip(self.network.config.streams, inputs)), len(labels)
-        streams = images(self.network.config, named.get("audio"), named.get("video"))
+        clips = len(labels)
         with torch.enable_grad():
-            probabilities = self.network.classify(*streams.values())
-            rows = probabilities.detach().isfinite().all(-1)
+            outputs = self.network.classify(*inputs)
+            first, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
+            rows = first.detach().flatten(1).isfinite().all(1)
             # Binary cross-entropy of NaN ends the process on a GPU.
-            usable = probabilities.masked_fill(~rows[:, None], 1 / probabilities.shape[-1])
+            usable = first.masked_fill(~rows.view(-1, *(1,) * (first.ndim - 1)), 1 / first.shape[-1])
+            usable = (usable, *rest) if rest else usable
             loss = self._loss(usable, labels) * labels.numel()
             (loss if self._scale is None else loss * self._scale).backward(inputs=self._parameters)
         # BatchNorm spreads one clip's NaN over its batch.
         finite = rows.view(clips, -1).all(-1)
-        sound = torch.stack([x.flatten(1).isfinite().all(1) for x in inputs]).all(0)
+        sound = torch.stack([x.reshape(clips, -1).isfinite().all(1) for x in inputs]).all(0)
         fine.copy_(torch.where(sound.all(), finite, sound) | finite.all())
         failed = clips - fine.sum()
         for total, value in zip(self._sums.unbind(), (loss.detach(), labels.numel(), clips, failed)):
@@ -696,43 +697,56 @@ def _record(function: Callable[[], None], stream: torch.cuda.Stream, pool: Any) 
 
 
 class Graphs:
-    """`function` of tensors with one row per image, as a CUDA graph for each of `sizes` rows.
+    """`function` of tensors with a row per image, or one per so many, as a CUDA graph for each of `sizes` images.
 
     A graph is captured when its size is first needed. Graphs share their memory and their inputs' buffers, so that one
     runs at a time, whichever thread and stream it is called from.
     """
 
-    def __init__(self, function: Callable[..., Tensor], sizes: Sequence[int]) -> None:
+    def __init__(self, function: Callable[..., Any], sizes: Sequence[int]) -> None:
         self._function, self._sizes = function, sorted(sizes)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._inputs: list[Tensor] = []
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Any]] = {}  # by inputs and size
+        self._inputs: dict[int, list[Tensor]] = {}
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """function(*inputs): the rows of any number, in parts of the largest size."""
+    def __call__(self, *inputs: Tensor) -> Any:
+        """function(*inputs): of any number of images, in parts of the largest size. The first input's rows are images.
+
+        Outputs have as many rows as images, or a fixed share of them.
+        """
         rows, most = len(inputs[0]), self._sizes[-1]
+        if not rows:
+            return self._function(*inputs)
         with self._lock, torch.cuda.device(inputs[0].device):
             stream = torch.cuda.current_stream()
             if self._done is not None:
                 stream.wait_event(self._done)  # the last call's graph may run on another stream still
-            parts = [self._replay([x[i : i + most] for x in inputs]) for i in range(0, max(rows, 1), most)]
+            parts = []
+            for first in range(0, rows, most):
+                last = min(first + most, rows)
+                parts.append(self._replay([x[first * len(x) // rows : last * len(x) // rows] for x in inputs]))
             self._done = stream.record_event()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else tree_map(lambda *outputs: torch.cat(outputs), *parts)
 
-    def _replay(self, inputs: list[Tensor]) -> Tensor:
-        rows = len(inputs[0])
-        if not self._inputs:
-            self._inputs = [x.new_zeros(self._sizes[-1], *x.shape[1:]) for x in inputs]
+    def _replay(self, inputs: list[Tensor]) -> Any:
+        rows, count = len(inputs[0]), len(inputs)
+
+        def share(x: Tensor, size: int) -> int:
+            return size * len(x) // rows
+
+        if count not in self._inputs:
+            self._inputs[count] = [x.new_zeros(share(x, self._sizes[-1]), *x.shape[1:]) for x in inputs]
         size = next(size for size in self._sizes if size >= rows)
-        if size not in self._graphs:
+        own = [static[: share(x, size)] for static, x in zip(self._inputs[count], inputs)]
+        if (count, size) not in self._graphs:
             pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
-            self._graphs[size] = _capture(self._function, [x[:size] for x in self._inputs], pool)
-        for own, x in zip(self._inputs, inputs, strict=True):
-            own[:rows].copy_(x)
-        graph, output = self._graphs[size]
+            self._graphs[count, size] = _capture(self._function, own, pool)
+        for static, x in zip(own, inputs):
+            static[: len(x)].copy_(x)
+        graph, outputs = self._graphs[count, size]
         graph.replay()
-        return output[:rows].clone()
+        return tree_map(lambda x: x[: len(x) * rows // size].clone(), outputs)
 
 
 def _capture(function: Callable, inputs: Sequence[Tensor], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:

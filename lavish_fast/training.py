@@ -30,10 +30,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lavish_fast import checkpoint
+from lavish_fast import checkpoint, tasks
 from lavish_fast.config import TrainConfig
 from lavish_fast.runtime import TrainingStep, optimize
-from lavish_fast.tasks import ave
+from lavish_fast.tasks import Batch
 
 if TYPE_CHECKING:
     from lavish_fast.model import Model
@@ -45,12 +45,12 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Fit:
-    """What `fit` did. best_accuracy: on the validation set (0 to 1), in epoch best_epoch, counted from 1.
+    """What `fit` did. best_score: on the validation set (0 to 1), in epoch best_epoch, counted from 1.
 
     skipped: a line for each file that could not be read.
     """
 
-    best_accuracy: float
+    best_score: float
     best_epoch: int
     epochs: int
     steps: int
@@ -59,17 +59,21 @@ class Fit:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Segment accuracy (0 to 1) = correct / total seconds of the clips that could be read.
+    """What a model reaches on the clips that could be read.
 
-    skipped: a line for each file that could not. predictions: by clip id, probabilities (T, K) float32 on the CPU.
+    scores: by name, the one that selects a model first; shares are from 0 to 1. skipped: a line for each file that
+    could not be read. predictions: by clip id, on the CPU, what the task's `kept` says.
     """
 
-    accuracy: float
-    correct: int
-    total: int
+    scores: Mapping[str, float]
     skipped: tuple[str, ...]
     clips_per_second: float
     predictions: Mapping[str, Tensor]
+
+    @property
+    def score(self) -> float:
+        """The first of the scores."""
+        return next(iter(self.scores.values()))
 
 
 def fit(
@@ -87,16 +91,16 @@ def fit(
 
     After each epoch the model is evaluated on the validation set; the best one is kept in out/best, written by
     `save_pretrained`. (The released code selects on the test set.) Training ends after `config.epochs`, or after
-    `config.patience` epochs without a better accuracy. `model` is left as the last step left it.
+    `config.patience` epochs without a better score. `model` is left as the last step left it.
 
     A micro-batch counts by its segments, so k of them are one batch k times as large, but for BatchNorm. A clip
-    that cannot be read is left out with a warning. So is, by default, a step in which a clip gives probabilities that
-    are not finite: parameters, Adam's state and BatchNorm's buffers stay as they were. The same happens without a
+    that cannot be read is left out with a warning. So is, by default, a step in which a clip gives outputs that are
+    not finite: parameters, Adam's state and BatchNorm's buffers stay as they were. The same happens without a
     warning where gradients overflow in float16, which halves the loss scale. The model runs as `lavish_fast.optimize`
     makes it for training, in a `lavish_fast.TrainingStep`: on a GPU its steps are CUDA graphs.
 
     Args:
-        train_set, val_set: `ave.AVEDataset`, or anything with its items.
+        train_set, val_set: the task's `Dataset`, or anything with its items; `metric()` is optional.
         out: last/ is the state to resume from, best/ the best model; log.jsonl has a line a step and an epoch,
             tensorboard/ the same as curves. Each file is replaced in one move, so a kill leaves the old or the new.
         resume: go on from out/last, also from the middle of an epoch: on a CPU, bit for bit as if never stopped.
@@ -105,7 +109,7 @@ def fit(
         device: a GPU where there is one, if not given.
 
     Raises: ValueError or FileNotFoundError naming what was expected and what came; with `on_nan="stop"`
-        FloatingPointError naming the clips whose probabilities are not finite. That step is not taken.
+        FloatingPointError naming the clips whose outputs are not finite. That step is not taken.
     """
     out, device = Path(out), _device(device)
     for name, data in (("train set", train_set), ("validation set", val_set)):
@@ -140,8 +144,8 @@ def fit(
                 if rank == 0:
                     run.note(result.skipped)
                 state.epoch, state.step = state.epoch + 1, 0
-                if result.accuracy > state.best_accuracy:
-                    state.best_accuracy, state.best_epoch = result.accuracy, state.epoch
+                if result.score > state.best_score:
+                    state.best_score, state.best_epoch = result.score, state.epoch
                     if rank == 0:
                         model.save_pretrained(out / "best")
                 loss, state.loss, state.segments = state.loss / state.segments, 0.0, 0
@@ -149,12 +153,12 @@ def fit(
                 log.epoch(state, loss, result, clips_per_second)
                 run.save()
                 say(
-                    f"epoch {state.epoch}/{config.epochs}  loss {loss:.4f}  val {result.accuracy:.1%} "
-                    f"({result.correct}/{result.total})  {clips_per_second:.1f} clips/s"
+                    f"epoch {state.epoch}/{config.epochs}  loss {loss:.4f}  val {result.score:.1%}"
+                    f"  {clips_per_second:.1f} clips/s"
                     + (f"  {len(state.skipped)} files skipped" if state.skipped else "")
                     + (f"  {state.overflows} overflows" if state.overflows else "")
                 )
-        return Fit(state.best_accuracy, state.best_epoch, state.epoch, state.steps, tuple(state.skipped))
+        return Fit(state.best_score, state.best_epoch, state.epoch, state.steps, tuple(state.skipped))
 
 
 @torch.no_grad()
@@ -163,22 +167,24 @@ def evaluate(
     dataset: Dataset,
     *,
     batch_size: int = 2,
-    rule: str = "argmax",
+    metric: Any = None,
     amp: str | None = None,
     workers: int = 0,
     progress: Progress | None = None,
     device: str | torch.device | None = None,
 ) -> Evaluation:
-    """Segment accuracy of a model in evaluation mode. Under torchrun each clip is counted once, by one rank.
+    """The scores of a model in evaluation mode. Under torchrun each clip is counted once, by one rank.
 
     Args:
-        rule: how probabilities become classes, as for `ave.decide`.
+        metric: the task's `Metric`; the data set's own if not given.
         amp, workers: as in `TrainConfig`. progress, device: as for `fit`.
 
-    Raises: ValueError when no clip can be read, FloatingPointError naming clips with non-finite probabilities.
+    Raises: ValueError when no clip can be read, FloatingPointError naming clips with non-finite outputs.
     """
     device = _device(device)
-    metric = ave.SegmentAccuracy(rule)
+    task = tasks.load(model.config.task)
+    if metric is None:
+        metric = dataset.metric() if hasattr(dataset, "metric") else task.Metric()
     predictions: dict[str, Tensor] = {}
     skipped: list[str] = []
     was_training = model.training
@@ -192,19 +198,20 @@ def evaluate(
             skipped += batch.failed
             if len(batch):
                 batch = batch.to(device)
-                probabilities = _probabilities(model, batch, amp)
-                metric.update(probabilities, batch.labels)
-                predictions |= zip(batch.ids, probabilities.float().cpu().unflatten(0, (len(batch), -1)))
+                outputs = _outputs(model, batch, amp)
+                metric.update(outputs, batch.labels, batch.ids)
+                predictions |= zip(batch.ids, task.kept(outputs, len(batch)).cpu())
         seconds = time.perf_counter() - start
-        parts = _gather((metric.correct, metric.total, skipped, predictions))
+        parts = _gather((metric, skipped, predictions))
     model.train(was_training)
-    correct, total = sum(part[0] for part in parts), sum(part[1] for part in parts)
-    skipped = tuple(dict.fromkeys(itertools.chain(*(part[2] for part in parts))))
-    if not total:
+    skipped = tuple(dict.fromkeys(itertools.chain(*(part[1] for part in parts))))
+    predictions = {name: x for part in parts for name, x in part[2].items()}
+    if not predictions:
         raise ValueError(f"evaluation: expected a clip that can be read, got none of {len(dataset)}: {skipped[:1]}")
-    clips = len(dataset) - len(skipped)
-    predictions = {name: p for part in parts for name, p in part[3].items()}
-    return Evaluation(correct / total, correct, total, skipped, clips / seconds, predictions)
+    metric = parts[0][0]
+    for other, *_ in parts[1:]:
+        metric.merge(other)
+    return Evaluation(metric.results(), skipped, (len(dataset) - len(skipped)) / seconds, predictions)
 
 
 @dataclass
@@ -216,7 +223,7 @@ class _State:
     steps: int = 0  # steps taken in all
     loss: float = 0.0  # over the epoch's segments so far, summed
     segments: int = 0
-    best_accuracy: float = -1.0
+    best_score: float = -1.0
     best_epoch: int = 0
     log_bytes: int = 0
     skipped: list[str] = dataclasses.field(default_factory=list)
@@ -236,7 +243,9 @@ class _Run:
         options = {"dtype": _DTYPES.get(config.amp), "checkpointing": config.checkpointing}
         compile = device.type == "cuda"  # on a CPU it takes longer than it saves
         self.network = optimize(model, training=True, compile=compile, cuda_graphs=False, **options)
-        self.take = TrainingStep(self.network, ave.loss, self.optimizer, batch_sizes=[config.batch_size])
+        self.take = TrainingStep(
+            self.network, tasks.load(model.config.task).loss, self.optimizer, batch_sizes=[config.batch_size]
+        )
         self.identity = {
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE},
             "model": model.config.to_dict() | {"backbone_sha256": checkpoint.fingerprint(model.backbone)},
@@ -244,7 +253,7 @@ class _Run:
             "processes": steps.world,
         }
 
-    def step(self, batches: Iterable[ave.Batch]) -> tuple[float, int]:
+    def step(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """One step of the optimiser over some micro-batches. Returns loss and clips, over all ranks."""
         for group, lr in zip(self.optimizer.param_groups, (self.config.lr, self.config.head_lr)):
             decays = self.state.epoch // self.config.lr_step if self.config.lr_step else 0
@@ -256,7 +265,7 @@ class _Run:
             self.note(batch.failed)
             if len(batch):
                 batch = batch.to(self.device)
-                fine.append((batch.ids, self.take.accumulate(batch.audio, batch.video, batch.labels)))
+                fine.append((batch.ids, self.take.accumulate(**batch.inputs, labels=batch.labels)))
         loss, segments, clips, failed, overflow = torch.stack(self.take.finish()).tolist()
         if failed or (overflow and not self.take.scales):
             loss = segments = clips = 0
@@ -272,7 +281,7 @@ class _Run:
         """Notes a step that was not taken, or ends the run. fine: ids of clips, and whether they are not to blame."""
         names = [name for ids, good in fine for name, is_fine in zip(ids, good.tolist()) if not is_fine]
         names = ", ".join(itertools.chain(*_gather(names)))
-        what = f"{names}: expected finite probabilities" if names else "expected finite gradients"
+        what = f"{names}: expected finite outputs" if names else "expected finite gradients"
         if self.config.on_nan == "stop":
             raise FloatingPointError(f"{what}, got NaN or infinity")
         if self.steps.rank == 0:
@@ -376,7 +385,7 @@ def _train_epoch(run: _Run, loader: DataLoader, log: _Log, bar: Progress) -> flo
         clips += done
         speed = clips / (time.perf_counter() - start)
         log.step(state, loss, run.optimizer.param_groups, speed)
-        best = f"  best val {state.best_accuracy:.1%}" if state.best_epoch else ""
+        best = f"  best val {state.best_score:.1%}" if state.best_epoch else ""
         text = f"epoch {state.epoch + 1}/{config.epochs}  loss {loss:.4f}  {speed:.1f} clips/s{best}"
         bar.update(task, advance=1, description=text)
         if config.save_every and state.steps % config.save_every == 0:
@@ -389,14 +398,15 @@ def _train_epoch(run: _Run, loader: DataLoader, log: _Log, bar: Progress) -> flo
     return clips / (time.perf_counter() - start)
 
 
-def _probabilities(model: nn.Module, batch: ave.Batch, amp: str | None) -> Tensor:
+def _outputs(model: nn.Module, batch: Batch, amp: str | None) -> Any:
     with torch.autocast(batch.labels.device.type, _DTYPES.get(amp), enabled=amp is not None):
-        probabilities = model(batch.audio, batch.video)
-    finite = probabilities.isfinite().all(-1).view(len(batch), -1).all(-1).tolist()
+        outputs = model(**batch.inputs)
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    finite = first.reshape(len(batch), -1).isfinite().all(1).tolist()
     if not all(finite):
         names = ", ".join(name for name, fine in zip(batch.ids, finite) if not fine)
-        raise FloatingPointError(f"{names}: expected finite probabilities, got NaN or infinity")
-    return probabilities
+        raise FloatingPointError(f"{names}: expected finite outputs, got NaN or infinity")
+    return outputs
 
 
 class _Log:
@@ -427,11 +437,13 @@ class _Log:
         self._write(state, row | {"clips_per_second": round(clips_per_second, 3)}, curves)
 
     def epoch(self, state: _State, loss: float, result: Evaluation, clips_per_second: float) -> None:
-        row = {"epoch": state.epoch, "steps": state.steps, "train_loss": loss, "val_accuracy": result.accuracy}
-        row |= {"val_correct": result.correct, "val_total": result.total, "best_epoch": state.best_epoch}
+        row = {"epoch": state.epoch, "steps": state.steps, "train_loss": loss, "val_score": result.score}
+        row |= {"val": dict(result.scores), "best_epoch": state.best_epoch}
         row |= {"clips_per_second": round(clips_per_second, 3), "skipped": state.skipped}
         row["overflows"] = state.overflows
-        self._write(state, row, {"val/accuracy": result.accuracy, "train/epoch_loss": loss})
+        self._write(
+            state, row, {f"val/{name}": value for name, value in result.scores.items()} | {"train/epoch_loss": loss}
+        )
 
     def _write(self, state: _State, row: dict[str, Any], curves: dict[str, float]) -> None:
         if self.file:
@@ -446,7 +458,7 @@ def _loader(dataset: Dataset, workers: int, device: torch.device, **options: Any
     return DataLoader(
         dataset,
         num_workers=workers,
-        collate_fn=ave.collate,
+        collate_fn=tasks.collate,
         pin_memory=device.type == "cuda",
         # Without its own, each iterator would draw from the global generator, and a resumed epoch has one more.
         generator=torch.Generator(),

@@ -12,9 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lavish_fast import media
-from lavish_fast.config import AVE_CLASSES, Config, SwinV2Config
+from lavish_fast import media, tasks
+from lavish_fast.backbones import Encoded
+from lavish_fast.config import AVE_CLASSES, AVEConfig, Config, SwinV2Config
 from lavish_fast.tasks import ave
+from parity import tiny_config
 
 HEADER = "Category&VideoID&Quality&StartTime&EndTime"
 ROWS = [
@@ -52,12 +54,15 @@ def write_index(root, rows=ROWS, text=None):
 
 
 def test_head_is_two_linear_maps_and_a_softmax():
-    head = ave.AVEHead(6, 4, hidden=5).double()
-    x = torch.randn(7, 6, dtype=torch.float64)
+    config = tiny_config(classes=("a", "b", "c", "background"), head=AVEConfig(hidden=5))
+    head, width = ave.Head(config).double(), config.width
+    audio, video = torch.randn(2, 7, width, dtype=torch.float64)
+    x = torch.cat((video, audio), 1)  # as the released Swin-V2 network has them
     w = head.fc2.weight @ head.fc1.weight
     logits = x @ w.T + head.fc2.weight @ head.fc1.bias + head.fc2.bias
-    torch.testing.assert_close(head(x), logits.softmax(1))
-    assert [tuple(p.shape) for p in ave.AVEHead(6, 4).parameters()] == [(512, 6), (512,), (4, 512), (4,)]
+    torch.testing.assert_close(head(Encoded([], [audio, video])), logits.softmax(1))
+    shapes = [tuple(p.shape) for p in ave.Head(tiny_config()).parameters()]
+    assert shapes == [(512, 2 * width), (512,), (3, 512), (3,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -111,11 +116,11 @@ def test_accuracy_equals_counting_by_hand_whatever_the_batch_size(rule, seed):
     correct = sum(a == b for row, truth in zip(by_hand, labels.tolist()) for a, b in zip(row, truth))
     assert ave.decide(probabilities, seconds, rule).tolist() == by_hand
     for size in (1, 2, 3, 7):
-        metric = ave.SegmentAccuracy(rule)
+        metric = ave.Metric(rule)
         for i in range(0, clips, size):
             metric.update(probabilities[i * seconds : (i + size) * seconds], labels[i : i + size])
         assert (metric.correct, metric.total) == (correct, clips * seconds)
-        assert metric.value == correct / (clips * seconds)
+        assert metric.results()["segment accuracy"] == correct / (clips * seconds)
 
 
 def test_ties_and_the_two_rules():
@@ -132,10 +137,10 @@ def test_cmbs_rule_gives_equal_means_to_the_first_class():
 
 
 def test_accuracy_of_nothing_and_of_all_wrong():
-    metric = ave.SegmentAccuracy()
-    assert np.isnan(metric.value)
+    metric = ave.Metric()
+    assert np.isnan(metric.results()["segment accuracy"])
     metric.update(torch.eye(3), torch.tensor([[1, 2, 0]]))
-    assert (metric.correct, metric.total, metric.value) == (0, 3, 0.0)
+    assert metric.results() == {"segment accuracy": 0.0, "correct": 0, "total": 3}
     with pytest.raises(ValueError, match=r"probabilities: expected \(B\*T, K\) for labels of shape \(1, 4\)"):
         metric.update(torch.eye(3), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="rule: expected one of argmax, cmbs, got 'best'"):
@@ -364,7 +369,7 @@ def data(tmp_path, monkeypatch):
 
 def test_items_of_each_layout(data):
     config = make_config(frames=4)
-    train = ave.AVEDataset(data, "train", config)
+    train = ave.Dataset(data, "train", config)
     assert [row.video_id for row in train.rows] == ["dog-1", "_talk", "talk2"]
     assert len(train) == 3
     dog, talk, extracted = (train[i] for i in range(3))
@@ -378,26 +383,26 @@ def test_items_of_each_layout(data):
     # The first frame is the darkest.
     assert extracted["video"].mean((1, 2, 3)).diff().min() >= 0
     assert extracted["video"].shape == (4, 3, 32, 32)
-    assert [row.start for row in ave.AVEDataset(data, "test", config).rows] == [3, 0]
-    assert ave.AVEDataset(data, "val", config)[0]["video"].unique().tolist() == [13]
-    assert len(ave.AVEDataset(data, "train", config, skip=("dog-1",))) == 2
+    assert [row.start for row in ave.Dataset(data, "test", config).rows] == [3, 0]
+    assert ave.Dataset(data, "val", config)[0]["video"].unique().tolist() == [13]
+    assert len(ave.Dataset(data, "train", config, skip=("dog-1",))) == 2
 
 
 def test_unreadable_clips_are_set_aside(data):
     (data / "AVE" / "dog-1.mp4").write_bytes(b"x")
     (data / "videos" / "_talk.webm").unlink()
-    train = ave.AVEDataset(data, "train", make_config())
-    loader = torch.utils.data.DataLoader(train, batch_size=3, collate_fn=ave.collate, num_workers=1)
+    train = ave.Dataset(data, "train", make_config())
+    loader = torch.utils.data.DataLoader(train, batch_size=3, collate_fn=tasks.collate, num_workers=1)
     (batch,) = loader
     assert len(batch) == 1
     assert batch.ids == ("talk2",)
-    assert batch.audio.shape == (1, 10, 192, 192)
+    assert batch.inputs["audio"].shape == (1, 10, 192, 192)
     assert batch.labels.tolist() == [[2] * 9 + [1]]
     assert batch.failed == (
         f"{data}/AVE/dog-1.mp4: expected a media file, got 1 byte",
         f"{data}/AVE/_talk.mp4: expected a file, got none",
     )
-    nothing = ave.collate([train[0]])
+    nothing = tasks.collate([train[0]])
     assert len(nothing) == 0
     assert nothing.to(torch.device("cpu")).failed == batch.failed[:1]
 
@@ -407,7 +412,7 @@ def test_clips_are_decoded_once_if_cached(data, monkeypatch):
     monkeypatch.setattr(media, "load_clip", lambda path, **options: calls.append(path) or fake_clip(path, **options))
     for cache, expected in ((True, 1), (False, 2)):
         calls.clear()
-        dataset = ave.AVEDataset(data, "val", make_config(), cache=cache)
+        dataset = ave.Dataset(data, "val", make_config(), cache=cache)
         assert torch.equal(dataset[0]["video"], dataset[0]["video"])
         assert len(calls) == expected
 
@@ -419,19 +424,19 @@ def test_warnings_and_options_of_the_decoder_are_passed_on(data, monkeypatch):
 
     monkeypatch.setattr(media, "load_clip", load)
     with pytest.warns(UserWarning, match=r"quiet\.mp4: no audio stream"):
-        ave.AVEDataset(data, "test", make_config(), antialias=True)[1]
+        ave.Dataset(data, "test", make_config(), antialias=True)[1]
 
 
 def test_faulty_arguments_of_the_data_set_are_named(data):
     with pytest.raises(ValueError, match="split: expected one of train, val, test, got 'dev'"):
-        ave.AVEDataset(data, "dev", make_config())
+        ave.Dataset(data, "dev", make_config())
     with pytest.raises(ValueError, match="number 0 'Meow', got 'Bark'"):
-        ave.AVEDataset(data, "val", make_config(("Meow", *CLASSES[1:])))
+        ave.Dataset(data, "val", make_config(("Meow", *CLASSES[1:])))
     with pytest.raises(ValueError, match="classes: expected the configuration's 29, got 3: Bark, Male speech"):
-        ave.AVEDataset(data, "val", make_config(AVE_CLASSES))
+        ave.Dataset(data, "val", make_config(AVE_CLASSES))
     (data / "Annotations.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected Annotations\.txt"):
-        ave.AVEDataset(data, "val", make_config())
+        ave.Dataset(data, "val", make_config())
 
 
 # verify

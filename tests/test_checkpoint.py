@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from lavish_fast import Model, checkpoint
+from lavish_fast.tasks import ave
 from parity import AVE_GOLDENS, golden, randomise, tiny_config, tiny_inputs
 
 
@@ -60,13 +61,13 @@ def test_the_checksum_ignores_the_dtype(saved):
 def test_released_names_there_and_back(name):
     run = golden(name)
     state = run.model(torch.float32).state_dict()
-    official = checkpoint.to_official(state, run.config.backbone.kind)
+    official = checkpoint.to_official(state, run.config.backbone.kind, ave.HEAD_NAMES)
     for key, tensor in official.items():
         assert torch.equal(tensor, run.state_dict[key].float().to(tensor.dtype)), key
-    again = checkpoint.from_official(official)
+    again = checkpoint.from_official(official, ave.HEAD_NAMES)
     assert all(torch.equal(again[key], state[key]) for key in state)
     wrapped = {f"module.{key}": tensor for key, tensor in run.state_dict.items()}
-    assert checkpoint.from_official(wrapped).keys() == state.keys()
+    assert checkpoint.from_official(wrapped, ave.HEAD_NAMES).keys() == state.keys()
 
 
 def test_official_state_dicts_that_do_not_fit():

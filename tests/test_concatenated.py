@@ -386,7 +386,7 @@ def test_checkpointing_under_graphs(form):
         step = TrainingStep(fast, ave.loss, optimizer, cuda_graphs=options.get("cuda_graphs"))
         for _ in range(5):
             if form == "step":
-                step.accumulate(audio, video, target)
+                step.accumulate(audio, video, labels=target)
                 step.finish()
             else:
                 optimizer.zero_grad()

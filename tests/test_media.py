@@ -201,6 +201,7 @@ def test_each_second_has_its_sound(tmp_path):
     assert len(clip.video) == len(clip.audio) == 4
     assert_tone(clip, 500, slice(0, 1))
     assert_tone(clip, 2000, slice(3, 4))
+    assert not clip.silent
 
 
 def test_late_sound_is_preceded_by_silence(tmp_path):
@@ -215,6 +216,7 @@ def test_no_sound(tmp_path):
     path = encode(tmp_path / "a.mp4", film(2))
     clip = load_clip(path, frames=2)
     assert clip.warnings == (f"{path}: no audio stream, silence used",)
+    assert clip.silent
     assert_silent(clip.audio)
     assert colours(clip) == [0, 1]
 
@@ -223,6 +225,7 @@ def test_sound_stream_without_sound(tmp_path):
     path = encode(tmp_path / "a.mkv", film(2), np.zeros((1, 0), np.float32), sound_codec="flac")
     clip = load_clip(path, frames=2)
     assert clip.warnings == (f"{path}: no sound could be decoded from its audio stream, silence used",)
+    assert clip.silent
     assert_silent(clip.audio)
 
 
@@ -501,6 +504,59 @@ def test_chosen_frames(tmp_path, frames):
     extracted = media._at_frame_rate([i / 10 for i in range(50)], [0.1] * 50)
     chosen = np.linspace(1, len(extracted), frames, dtype=int)
     assert numbers.tolist() == [extracted[i - 1] for i in chosen]
+
+
+@pytest.mark.parametrize(("shots", "frames"), [(50, 16), (50, 50), (7, 16), (1, 3)])
+def test_frames_of_the_file_itself(tmp_path, shots, frames):
+    path = encode(
+        tmp_path / "a.mkv", [(100 * i, [5 * i] * 3) for i in range(shots)], codec="ffv1", pix_fmt="bgr0", size=(8, 8)
+    )
+    numbers = denormalise(load_clip(path, frames=frames, img_size=8, frame_rate=None).video)[:, 4, 4, 0] // 5
+    assert numbers.tolist() == [int(i * (shots - 1) / max(frames - 1, 1)) for i in range(frames)]
+
+
+def test_another_frame_rate(tmp_path):
+    shots = [(100 * i, [5 * i] * 3) for i in range(50)]
+    path = encode(tmp_path / "a.mkv", shots, codec="ffv1", pix_fmt="bgr0", size=(8, 8))
+    numbers = denormalise(load_clip(path, frames=50, img_size=8, frame_rate=10.0).video)[:, 4, 4, 0] // 5
+    assert numbers.tolist() == list(range(50))
+    for rate in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"frame_rate: expected a positive number or None, got {rate}"):
+            load_clip(path, frame_rate=rate)
+
+
+WHOLE = SpectrogramConfig(window_seconds=0.0, mel_bins=64, frames=32, frame_shift_ms=10.0)
+
+
+@pytest.mark.parametrize("samples", [400, 5000, 16000, 123457])
+def test_a_spectrogram_of_the_whole_clip(samples):
+    waveform = torch.randn(samples, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.3
+    got = spectrograms(waveform, 10, WHOLE)
+    rows = fbank(waveform - waveform.mean(), WHOLE)  # (n, 64)
+    assert got.shape == (1, 32, 64)
+    for i in range(32):
+        part = rows[i * len(rows) // 32 : -(-(i + 1) * len(rows) // 32)]
+        expected = (part.mean(0) - WHOLE.mean) / (2 * WHOLE.std)
+        torch.testing.assert_close(got[0, i], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, spectrograms(waveform, 10, WHOLE, reference=True), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("seconds", [1, 10])
+def test_the_whole_clip_fills_its_spectrogram(tmp_path, seconds):
+    half = tone(500, seconds / 2, 16000), tone(3000, seconds / 2, 16000)
+    path = encode(tmp_path / "a.mkv", film(seconds), np.concatenate(half, 1), sound_codec="flac")
+    clip = load_clip(path, frames=4, img_size=32, spectrogram=WHOLE)
+    assert (len(clip.audio), len(clip.video)) == (1, 4)
+    peaks = clip.audio[0].argmax(-1)
+    assert (peaks[:15] - mel_bin(500, WHOLE)).abs().max() < 1.5
+    assert (peaks[17:] - mel_bin(3000, WHOLE)).abs().max() < 1.5
+
+
+@pytest.mark.parametrize("samples", [0, 1, 399, 16000])
+def test_the_whole_of_silence(samples):
+    floor = (math.log(torch.finfo(torch.float32).eps) - WHOLE.mean) / (2 * WHOLE.std)
+    got = spectrograms(torch.full((samples,), 0.2), 3, WHOLE)
+    torch.testing.assert_close(got, torch.full((1, 32, 64), floor), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("samples", [17599, 17600, 17601, 160000, 161234])

@@ -12,6 +12,7 @@ from kernel_parity import DEVICE
 from lavish_fast import Config, Model, checkpoint, ops, optimize
 from lavish_fast.adapter import LavishAdapter
 from lavish_fast.config import AdapterConfig, ViTConfig
+from lavish_fast.tasks import ave
 from parity import AVE_GOLDENS, golden, randomise, relative_error, tiny_config, tiny_inputs
 
 # What the released code itself loses on features, by golden and dtype (goldens' README; the ViT's is not stated there).
@@ -54,7 +55,7 @@ def training_step(run):
     loss = F.binary_cross_entropy(probabilities, run.input["label"].double())
     loss.backward()
     gradients = {name: p.grad for name, p in model.trainable_parameters()}
-    return model, probabilities, loss, checkpoint.to_official(gradients, run.config.backbone.kind)
+    return model, probabilities, loss, checkpoint.to_official(gradients, run.config.backbone.kind, ave.HEAD_NAMES)
 
 
 @pytest.mark.parametrize("name", ["ave_swin_paper", "ave_swin_16tokens_nobn"])
@@ -64,7 +65,7 @@ def test_golden_training_forward_and_buffers(name):
     assert relative_error(probabilities, run.expect["train_probs"]) <= 1e-6
     assert relative_error(loss[None], run.expect["train_loss"]) <= 1e-6
     assert gradients.keys() == run.gradients.keys()
-    state = checkpoint.to_official(model.state_dict(), run.config.backbone.kind)
+    state = checkpoint.to_official(model.state_dict(), run.config.backbone.kind, ave.HEAD_NAMES)
     assert run.config.adapter.batch_norm == bool(run.after_train)
     for key, expected in run.after_train.items():
         assert relative_error(state[key], expected) <= 1e-6, key
@@ -172,7 +173,7 @@ def test_golden_gradients_through_the_kernels(name, frames, monkeypatch, record_
     assert fused >= {("adapter", 36), ("window_attention", 36)}
     if not run.after_train:
         assert relative_error(loss[None].cpu(), run.expect["train_loss"]) <= 1e-6
-        expected = checkpoint.to_official(truth, run.config.backbone.kind)
+        expected = checkpoint.to_official(truth, run.config.backbone.kind, ave.HEAD_NAMES)
         names = dict(zip(expected, truth, strict=True))
         truth = {names[key]: gradient.to(DEVICE) for key, gradient in run.gradients.items()}
     # Of each kind of parameter in all adapters: those of single gates, say, are small differences of large sums.

@@ -136,7 +136,7 @@ def test_names_are_drawn_as_they_are():
     assert plots.png(figure).startswith(PNG)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(classes)
     assert title in [text.get_text() for text in figure.texts]
-    rows = {"$x^$": [{"epoch": 1, "train_loss": 0.1, "val_accuracy": 0.5}], "_hidden": []}
+    rows = {"$x^$": [{"epoch": 1, "train_loss": 0.1, "val_score": 0.5}], "_hidden": []}
     assert plots.png(plots.training_curves(rows)).startswith(PNG)
 
 
@@ -156,7 +156,7 @@ def test_save_writes_a_png_and_nothing_else(tmp_path):
 
 def test_curves_show_the_epochs_of_each_variant():
     rows = [{"step": 1, "loss": 9.0}]
-    rows += [{"epoch": e, "train_loss": 1 / e, "val_accuracy": 0.2 * e} for e in (1, 2, 3)]
+    rows += [{"epoch": e, "train_loss": 1 / e, "val_score": 0.2 * e} for e in (1, 2, 3)]
     figure = plots.training_curves({"audio+video": rows, "video": rows[:2]})
     loss, accuracy = figure.axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2, 3], [1]]

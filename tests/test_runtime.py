@@ -22,6 +22,11 @@ from parity import AVE_GOLDENS, golden, randomise, relative_error, tiny_config, 
 from recorded import record_on_cpu
 
 
+def add(step, batch):
+    *inputs, labels = batch
+    return step.accumulate(*inputs, labels=labels)
+
+
 class OnCuda(torch.Tensor):
     """A CPU tensor that says it is on a GPU."""
 
@@ -190,8 +195,24 @@ def test_graphs_pad_to_the_next_size_and_share_their_memory(log):
     assert log.count("replay") == 2
     assert set(function.rows) == {4, 2, 8}
     assert graphs(x[:0]).shape == (0, 5)
-    buffers = {static.untyped_storage().data_ptr() for static in graphs._inputs}
+    buffers = {static.untyped_storage().data_ptr() for static in graphs._inputs[1]}
     assert len(buffers) == 1
+
+
+def test_graphs_of_inputs_with_a_row_per_so_many_images(log):
+    def function(images, questions=None):
+        first = images.view(-1, 2, 5).sum(1)
+        return images + 1, first if questions is None else first + questions
+
+    graphs = Graphs(function, [4, 8])
+    (images,) = inputs((12, 5))
+    (questions,) = inputs((6, 5))
+    for clips in (1, 2, 3, 6):  # 6 clips are 8 and 4 images
+        given = images[: 2 * clips], questions[:clips]
+        for count in (1, 2):
+            for got, expected in zip(graphs(*given[:count]), function(*given[:count]), strict=True):
+                assert torch.equal(got, expected)
+    assert len(graphs._graphs) == 4
 
 
 def test_graphs_copy_inputs_in_and_results_out(log):
@@ -534,7 +555,7 @@ def take(model, steps, rates=(1e-3,) * 4 + (1e-2,) * 4, dtype=None, **options):
     flags, outcomes, scales = [], [], []
     for batches, rate in zip(steps, rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate
-        flags += [step.accumulate(*batch).tolist() for batch in batches]
+        flags += [add(step, batch).tolist() for batch in batches]
         outcomes.append(torch.stack(step.finish()).tolist())
         scales += [value.item() for value in step.state_dict().values()]
     adam = [t.cpu() for state in optimizer.state_dict()["state"].values() for t in state.values()]
@@ -597,7 +618,7 @@ def test_every_model_takes_steps(changes, whole):
     step = TrainingStep(network, mean_loss, optimizer)
     audio, video, labels = clips(2, 0)
     audio, video = {"video": (None, video), "audio": ([audio], None)}.get(model.config.modality, (audio, video))
-    assert step.accumulate(audio, video, labels).tolist() == [True, True]
+    assert step.accumulate(audio, video, labels=labels).tolist() == [True, True]
     outcome = step.finish()
     loss = mean_loss(other(audio, video), labels)
     loss.backward()
@@ -649,13 +670,13 @@ def test_an_overflow_leaves_everything_as_it_was(model, scaled):
         fast, lambda p, labels: 1e38 * p.log().square().mean(), optimizer, **{"loss_scale": 8.0} if scaled else {}
     )
     assert step.scales == scaled
-    step.accumulate(*clips(2, 0))
+    add(step, clips(2, 0))
     outcome = step.finish()
     assert (outcome.failed.item(), outcome.overflow.item()) == (0, 1)
     assert all(torch.equal(t, before[name]) for name, t in trained(model).items())
     assert all(not t.any() for state in optimizer.state.values() for t in state.values())
     assert step.state_dict() == ({"scale": torch.tensor(4.0), "growth": torch.tensor(0)} if scaled else {})
-    step.accumulate(*clips(2, 0, nan=[0]))
+    add(step, clips(2, 0, nan=[0]))
     step.finish()
     assert not scaled or step.state_dict()["scale"] == 4, "a clip that is NaN says nothing of the scale"
 
@@ -665,16 +686,16 @@ def test_clips_are_blamed(model):
     step = TrainingStep(
         fast, mean_loss, torch.optim.Adam([p for p in fast.parameters() if p.requires_grad], fused=True)
     )
-    assert step.accumulate(*clips(3, 0, nan=[1])).tolist() == [True, False, True]
+    assert add(step, clips(3, 0, nan=[1])).tolist() == [True, False, True]
     with torch.no_grad():
         model.head.fc1.bias.fill_(float("nan"))
-    assert step.accumulate(*clips(3, 0, nan=[1])).tolist() == [True, False, True]
-    assert step.accumulate(*clips(3, 0)).tolist() == [False] * 3
+    assert add(step, clips(3, 0, nan=[1])).tolist() == [True, False, True]
+    assert add(step, clips(3, 0)).tolist() == [False] * 3
     assert step.finish().failed == 5
     assert step.finish().failed == 0
     assert torch.stack(step.finish()).eq(0).all(), "nothing was added"
     before = trained(model)
-    step.accumulate(*clips(3, 0, nan=[1]))
+    add(step, clips(3, 0, nan=[1]))
     step.reset()
     assert torch.stack(step.finish()).eq(0).all(), "what was added is forgotten"
     torch.testing.assert_close(trained(model), before, rtol=0, atol=0, equal_nan=True)
@@ -690,7 +711,7 @@ def test_an_optimisers_state_can_be_loaded_between_steps(model, monkeypatch):
         for i, (batch,) in enumerate(steps):
             if reload and i == 5:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            step.accumulate(*batch)
+            add(step, batch)
             step.finish()
             if i == 6:
                 optimizer.zero_grad()  # harmless between steps
@@ -728,7 +749,7 @@ def test_bad_steps_are_named(model):
         ((audio[:0], video[:0], labels[:0]), r"labels: expected a segment, got \(0, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            step.accumulate(*given)
+            add(step, given)
     with pytest.raises(ValueError, match=r"loss scale: expected \[\], got \['scale'\]"):
         step.load_state_dict({"scale": torch.ones(())})
 
@@ -760,7 +781,7 @@ def test_captured_loss_scaling_on_a_gpu(model):
     assert_same(got, expected, rtol=1e-3, atol=1e-4)
     before = torch.cuda.memory_allocated()
     for batches in steps:
-        got.step.accumulate(*batches[0])
+        add(got.step, batches[0])
         got.step.finish()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before + (1 << 20)

@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from lavish_fast import Model, checkpoint, optimize, runtime, training
+from lavish_fast import Model, checkpoint, optimize, runtime, tasks, training
 from lavish_fast.config import AdapterConfig, TrainConfig
 from lavish_fast.tasks import ave
 from parity import tiny_config
@@ -75,10 +75,10 @@ def gradients(model):
 
 def true_gradients(model, clips):
     """Of the mean loss over all segments of the clips, which go through the model at once."""
-    batch = ave.collate(clips)
+    batch = tasks.collate(clips)
     model.zero_grad()
     model.train()
-    ave.loss(model(batch.audio, batch.video), batch.labels).backward()
+    ave.loss(model(**batch.inputs), batch.labels).backward()
     return gradients(model)
 
 
@@ -265,7 +265,7 @@ def make_run(path):
     model = make_model()
     steps = training._Steps(2, settings(), 0, 1)
     run = training._Run(model, settings(), steps, path, torch.device("cpu"))
-    run.step([ave.collate(make_clips(2))])
+    run.step([tasks.collate(make_clips(2))])
     return run
 
 
@@ -309,7 +309,7 @@ def test_failure_at_any_stage_of_a_save_leaves_the_previous_state(tmp_path, monk
     run = make_run(tmp_path / "last" / "state.safetensors")
     run.save()
     before = run.path.read_bytes()
-    run.step([ave.collate(make_clips(2))])
+    run.step([tasks.collate(make_clips(2))])
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -348,7 +348,7 @@ def ddp_worker(folder):
         results[name] = {
             "weights": {key: tensor for key, tensor in model.state_dict().items() if "num_batches" not in key},
             "gradients": gradients(model),
-            "accuracy": torch.tensor(done.best_accuracy, dtype=torch.float64),
+            "accuracy": torch.tensor(done.best_score, dtype=torch.float64),
         }
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 
@@ -378,7 +378,7 @@ def test_two_processes_equal_one(tmp_path):
         for part in ("weights", "gradients"):
             assert all(torch.equal(tensor, b[part][key]) for key, tensor in a[part].items())
         log = rows(tmp_path / name)
-        assert log[-1]["val_total"] == 4 * SECONDS
+        assert log[-1]["val"]["total"] == 4 * SECONDS
         assert log[-1]["skipped"] == [str(BAD)]
         if batch_norm:
             fresh = make_model().state_dict()
@@ -387,7 +387,7 @@ def test_two_processes_equal_one(tmp_path):
         model = make_model(batch_norm=False)
         alone = fit(model, *ddp_data(clips), ddp_settings(1, **options), tmp_path / f"{name} alone")
         assert relative_error(a["gradients"], gradients(model)) <= 1e-6
-        assert a["accuracy"] == alone.best_accuracy
+        assert a["accuracy"] == alone.best_score
         expected = rows(tmp_path / f"{name} alone")
         for got, row in zip(log, expected, strict=True):
             del got["clips_per_second"], row["clips_per_second"]
@@ -407,16 +407,16 @@ def ddp_module_worker(folder):
         model = make_model(batch_norm=batch_norm)
         fast = optimize(model, training=True, compile=False, cuda_graphs=False).train(not batch_norm)
         first = sum(clips[:rank])
-        batch = ave.collate(make_clips(4)[first : first + clips[rank]])
+        batch = tasks.collate(make_clips(4)[first : first + clips[rank]])
         if name == "uneven":  # DistributedDataParallel takes the mean over ranks, a step that over segments
             optimizer = torch.optim.Adam([p for p in fast.parameters() if p.requires_grad], lr=1e-12, fused=True)
             step = runtime.TrainingStep(fast, ave.loss, optimizer)
-            step.accumulate(batch.audio, batch.video, batch.labels)
+            step.accumulate(**batch.inputs, labels=batch.labels)
             results["outcome"] = torch.stack(step.finish())
         else:
             parallel = torch.nn.parallel.DistributedDataParallel(fast)
             assert len(parallel.modules_buffers) == sum("running" in n or "num_batches" in n for n in fast.state_dict())
-            ave.loss(parallel(batch.audio, batch.video), batch.labels).backward()
+            ave.loss(parallel(**batch.inputs), batch.labels).backward()
         results[name] = gradients(model)
     torch.distributed.destroy_process_group()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
@@ -424,11 +424,11 @@ def ddp_module_worker(folder):
 
 def test_the_fast_form_under_distributed_data_parallel(tmp_path):
     ranks = run_ranks("ddp_module_worker", tmp_path)
-    batch = ave.collate(make_clips(4))
+    batch = tasks.collate(make_clips(4))
     for name, batch_norm in (("without", False), ("evaluation", True), ("uneven", False)):
         model = make_model(batch_norm=batch_norm)
         fast = optimize(model, training=True, compile=False).train(not batch_norm)
-        loss = ave.loss(fast(batch.audio, batch.video), batch.labels)
+        loss = ave.loss(fast(**batch.inputs), batch.labels)
         loss.backward()
         for rank in ranks:
             assert relative_error(rank[name], gradients(model)) <= 1e-6
@@ -444,12 +444,12 @@ def test_unreadable_clips_are_reported_and_skipped(tmp_path):
     lines = [str(w.message) for w in caught if "skipped" in str(w.message)]
     assert sorted(lines) == [f"skipped {BAD}", f"skipped {other}"]
     assert done.skipped == (str(BAD), str(other))
-    assert [row["val_total"] for row in rows(tmp_path) if "val_total" in row] == [2 * SECONDS] * 2
+    assert [row["val"]["total"] for row in rows(tmp_path) if "val" in row] == [2 * SECONDS] * 2
     assert rows(tmp_path)[-1]["skipped"] == list(done.skipped)
     assert done.steps == 6
 
     result = evaluate(make_model(), [BAD, *val], batch_size=1)
-    assert (result.total, result.skipped) == (2 * SECONDS, (str(BAD),))
+    assert (result.scores["total"], result.skipped) == (2 * SECONDS, (str(BAD),))
     for data in ([BAD], []):
         with pytest.raises(ValueError, match="evaluation: expected a clip that can be read"):
             evaluate(make_model(), data)
@@ -466,7 +466,7 @@ def test_non_finite_probabilities_name_the_clips_and_take_no_step(tmp_path, valu
     data[1]["video"] = torch.full_like(data[1]["video"], value)
     model = make_model(batch_norm=batch_norm)
     before = {name: p.detach().clone() for name, p in model.trainable_parameters()}
-    with pytest.raises(FloatingPointError, match=r"^clip0_1: expected finite probabilities"):
+    with pytest.raises(FloatingPointError, match=r"^clip0_1: expected finite outputs"):
         fit(model, data, data[:1], settings(batch_size=3, on_nan="stop"), tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in model.trainable_parameters())
     with pytest.raises(FloatingPointError, match="clip0_1"):
@@ -478,11 +478,11 @@ def test_a_step_with_nan_is_skipped_and_named(tmp_path):
     bad = [dict(clip) for clip in data]
     bad[1]["video"] = torch.full_like(bad[1]["video"], float("nan"))
     model, other = make_model(), make_model()
-    with pytest.warns(UserWarning, match=r"skipped step \d: clip0_1: expected finite probabilities") as caught:
+    with pytest.warns(UserWarning, match=r"skipped step \d: clip0_1: expected finite outputs") as caught:
         done = fit(model, bad, data, settings(batch_size=1, epochs=1), tmp_path / "bad")
     assert len([w for w in caught if "finite" in str(w.message)]) == 1
     assert done.steps == 4
-    assert done.skipped[0].endswith("clip0_1: expected finite probabilities, got NaN or infinity")
+    assert done.skipped[0].endswith("clip0_1: expected finite outputs, got NaN or infinity")
     state = model.state_dict()
     assert all(t.isfinite().all() for t in state.values() if t.is_floating_point()), "BatchNorm's buffers too"
     # As if the clip had never been there, but for the order, which follows from the number of clips.
@@ -503,18 +503,18 @@ def test_it_learns_selects_the_best_epoch_and_writes_the_logs(tmp_path, capsys):
     done = fit(model, data, data, config, tmp_path)
 
     log = rows(tmp_path)
-    steps, epochs = [r for r in log if "step" in r], [r for r in log if "val_accuracy" in r]
+    steps, epochs = [r for r in log if "step" in r], [r for r in log if "val_score" in r]
     assert (len(steps), len(epochs)) == (done.steps, done.epochs) == (45, 15)
     assert epochs[-1]["train_loss"] < 0.5 * epochs[0]["train_loss"]
-    assert done.best_accuracy >= max(0.9, before.accuracy + 0.2)
-    assert done.best_accuracy == max(r["val_accuracy"] for r in epochs)
-    assert done.best_epoch == 1 + [r["val_accuracy"] for r in epochs].index(done.best_accuracy)
+    assert done.best_score >= max(0.9, before.score + 0.2)
+    assert done.best_score == max(r["val_score"] for r in epochs)
+    assert done.best_epoch == 1 + [r["val_score"] for r in epochs].index(done.best_score)
     assert [r["lr"] for r in steps[::3]] == [1e-3] * 10 + [5e-4] * 5
     assert all(torch.equal(tensor, backbone[name]) for name, tensor in model.backbone.state_dict().items())
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
     best = Model.from_pretrained(tmp_path / "best", backbone=backbone)
-    assert evaluate(best, data).accuracy == done.best_accuracy
+    assert evaluate(best, data).score == done.best_score
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 15
     assert lines[0].startswith("epoch 1/15  loss ")
@@ -573,10 +573,10 @@ def test_gradients_that_are_not_finite_without_a_scale(tmp_path, monkeypatch):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     monkeypatch.setattr(ave, "loss", lambda p, labels: 1e38 * p.log().square().mean())
     with pytest.warns(UserWarning, match="skipped step 1: expected finite gradients, got NaN or infinity"):
-        training._Run(model, settings(), steps, tmp_path, CPU).step([ave.collate(data)])
+        training._Run(model, settings(), steps, tmp_path, CPU).step([tasks.collate(data)])
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     with pytest.raises(FloatingPointError, match=r"^expected finite gradients, got NaN or infinity$"):
-        training._Run(model, settings(on_nan="stop"), steps, tmp_path, CPU).step([ave.collate(data)])
+        training._Run(model, settings(on_nan="stop"), steps, tmp_path, CPU).step([tasks.collate(data)])
 
 
 @pytest.mark.filterwarnings("ignore:skipped step")
@@ -606,7 +606,7 @@ def test_steps_of_a_gpu_are_captured(tmp_path, monkeypatch, amp, compiled):
     data[1]["video"] = torch.full_like(data[1]["video"], float("nan"))
     record = runtime._record
     monkeypatch.setattr(runtime, "_record", lambda *given: graphs.append(record(*given)) or graphs[-1])
-    with pytest.warns(UserWarning, match="clip0_1: expected finite probabilities"):
+    with pytest.warns(UserWarning, match="clip0_1: expected finite outputs"):
         done = training.fit(make_model(), data, data[2:], settings(epochs=6, batch_size=1, amp=amp), tmp_path)
     assert len(graphs) == 2
     assert done.steps == 30
@@ -633,17 +633,19 @@ def test_evaluation_does_not_depend_on_the_batch_size():
     data, model = make_clips(7), make_model().train()
     results = [evaluate(model, data, batch_size=size) for size in (1, 2, 3, 7)]
     assert model.training
-    assert len({(r.correct, r.total, r.accuracy) for r in results}) == 1
-    assert results[0].total == 7 * SECONDS
+    assert len({tuple(r.scores.items()) for r in results}) == 1
+    assert results[0].scores["total"] == 7 * SECONDS
     labels = {clip["id"]: clip["labels"] for clip in data}
     for result in results:
         assert result.predictions.keys() == labels.keys()
-        assert result.correct == sum(int((p.argmax(-1) == labels[i]).sum()) for i, p in result.predictions.items())
+        assert result.scores["correct"] == sum(
+            int((p.argmax(-1) == labels[i]).sum()) for i, p in result.predictions.items()
+        )
         for name, p in result.predictions.items():
             torch.testing.assert_close(p, results[0].predictions[name])
-    assert evaluate(model, data, rule="cmbs").total == 7 * SECONDS
+    assert evaluate(model, data, metric=ave.Metric("cmbs")).scores["total"] == 7 * SECONDS
     with pytest.raises(ValueError, match="rule: expected one of argmax, cmbs, got 'mean'"):
-        evaluate(model, data, rule="mean")
+        evaluate(model, data, metric=ave.Metric("mean"))
 
 
 def test_a_bar_of_the_callers_is_used(tmp_path, capsys):

@@ -1,10 +1,12 @@
 """Frozen backbones with timm's parameter names.
 
-Each has `embed(images)`, `blocks` (a flat list of `Block`), `enter(i, x)` (what happens to a stream before block i) and
-`pool(x)` (tokens to one feature vector).
+Each has `embed(images)`, `blocks` (a flat list of `Block`), `enter(i, x)` (what happens to a stream before block i),
+`finish(x)` (the final norm) and `pool(x)` (finished tokens to one feature vector).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -35,17 +37,32 @@ class Block(nn.Module):
         return self.drop_path(branch if norm is None else norm(branch))
 
 
+class Encoded(NamedTuple):
+    """What a backbone with its adapters makes of the streams, audio first.
+
+    stages: by stage, each stream's tokens (n, N, C) at its end; the last stage's after the final norm. The last stage
+    alone where the head reads no other. pooled: each stream's feature (n, C).
+    """
+
+    stages: list[list[Tensor]]
+    pooled: list[Tensor]
+
+
 class Backbone(nn.Module):
     """What the backbones share: the frozen network by itself, as timm runs it."""
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) -> features (n, C), without any adapter."""
+        return self.pool(self.tokens(images))
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> finished tokens (n, N, C), without any adapter."""
         x = self.embed(images)
         for i, block in enumerate(self.blocks):
             x = self.enter(i, x)
             for place in PLACES:
                 x = x + block.finish(place, block.branch(place, x))
-        return self.pool(x)
+        return self.finish(x)
 
 
 def build(config: SwinV2Config | ViTConfig) -> Backbone:

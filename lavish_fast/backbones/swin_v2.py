@@ -201,9 +201,13 @@ class SwinV2(Backbone):
         merging = self.entrance(i)
         return x if merging is None else merging(x)
 
+    def finish(self, x: Tensor) -> Tensor:
+        """(n, N, C) -> the same, normalised."""
+        return self.norm(x)
+
     def pool(self, x: Tensor) -> Tensor:
-        """(n, N, C) -> (n, C): the final norm, then the mean over tokens."""
-        return self.norm(x).mean(1)
+        """(n, N, C) -> (n, C): the mean over tokens."""
+        return x.mean(1)
 
 
 def _init(module: nn.Module) -> None:

@@ -80,9 +80,13 @@ class ViT(Backbone):
     def enter(self, i: int, x: Tensor) -> Tensor:
         return x
 
+    def finish(self, x: Tensor) -> Tensor:
+        """(n, N + 1, C) -> the same, normalised."""
+        return self.norm(x)
+
     def pool(self, x: Tensor) -> Tensor:
-        """(n, N + 1, C) -> (n, C): the final norm of the cls token."""
-        return self.norm(x[:, 0])
+        """(n, N + 1, C) -> (n, C): the cls token."""
+        return x[:, 0]
 
 
 def _init(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavish_fast import tasks
+from lavish_fast.backbones import Encoded
 from lavish_fast.config import AVE_CLASSES, Config
+from lavish_fast.tasks import some
 
 if TYPE_CHECKING:
     from lavish_fast.media import Clip, MediaError
@@ -34,22 +37,52 @@ _AVE_SPLITS = {"train": 3339, "val": 402, "test": 402}
 _FIELDS = "Category&VideoID&Quality&StartTime&EndTime"
 
 
-class AVEHead(nn.Module):
-    """Two linear maps with nothing between them, then a softmax: the released network's classifier.
+HEAD_NAMES = {"mlp_class": "fc1", "mlp_class_2": "fc2"}
+
+
+class Head(nn.Module):
+    """Two linear maps with nothing between them, then a softmax: the released network's classifier."""
+
+    reads_stages = False
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.fc1 = nn.Linear(len(config.streams) * config.width, config.head.hidden)
+        self.fc2 = nn.Linear(config.head.hidden, len(config.classes))
+
+    def forward(self, encoded: Encoded) -> Tensor:
+        """Class probabilities (B * T, K)."""
+        return torch.softmax(self.fc2(self.fc1(tasks.side_by_side(self.config, encoded))), dim=-1)
+
+
+def inputs(config: Config, audio: Any, video: Tensor | None = None) -> dict[str, Tensor]:
+    """What the backbone sees of each stream that runs, by name, audio first: (B * T, 3, H, W).
 
     Args:
-        in_features: width of a second's feature, both streams side by side.
-        classes: K, background included.
+        audio: spectrograms (B, T, frames, mel bins), or a list whose first entry is that; None if unused.
+        video: frames (B, T, 3, S, S), ImageNet-normalised; None if unused.
+
+    Raises: ValueError naming the input, what was expected and what came.
     """
+    read = {"audio": tasks.spectrograms, "video": tasks.frames}
+    given = {stream: {"audio": audio, "video": video}[stream] for stream in config.streams}
+    found = {stream: read[stream](config, stream, x) for stream, x in given.items()}
+    tasks.check_clips(**given)
+    return found
 
-    def __init__(self, in_features: int, classes: int, hidden: int = 512) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden)
-        self.fc2 = nn.Linear(hidden, classes)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Class probabilities (B*T, K) of features (B*T, in_features)."""
-        return torch.softmax(self.fc2(self.fc1(features)), dim=-1)
+def fitted(config: Config, tensors: Mapping[str, Tensor]) -> Config:
+    """The configuration as it is: a released AVE network has the data set's classes."""
+    return config
+
+
+def settle(config: Config, root: str | os.PathLike) -> Config:
+    """The configuration with the classes of the data set in a folder.
+
+    Raises: FileNotFoundError or ValueError, as `read_annotations`.
+    """
+    return replace(config, classes=classes_of(root))
 
 
 def loss(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -89,9 +122,14 @@ def decide(probabilities: Tensor, seconds: int, rule: str = "argmax") -> Tensor:
     return torch.where(clips[..., background] < 0.5, event_class, background)
 
 
+def kept(probabilities: Tensor, clips: int) -> Tensor:
+    """What evaluation keeps of each clip: probabilities (clips, T, K), float32."""
+    return probabilities.float().unflatten(0, (clips, -1))
+
+
 @dataclass
-class SegmentAccuracy:
-    """Correct seconds over all seconds. It only counts, so neither the batch size nor the number of ranks matters.
+class Metric:
+    """Segment accuracy: correct seconds over all. It counts, so neither batch size nor number of ranks matters.
 
     rule: as for `decide`.
     """
@@ -100,7 +138,7 @@ class SegmentAccuracy:
     correct: int = 0
     total: int = 0
 
-    def update(self, probabilities: Tensor, labels: Tensor) -> None:
+    def update(self, probabilities: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> None:
         """Counts a batch: probabilities (B*T, K), labels (B, T)."""
         if probabilities.ndim != 2 or len(probabilities) != labels.numel():
             raise ValueError(
@@ -110,10 +148,15 @@ class SegmentAccuracy:
         self.correct += int((decide(probabilities, labels.shape[1], self.rule) == labels).sum())
         self.total += labels.numel()
 
-    @property
-    def value(self) -> float:
-        """The share of correct seconds, NaN before any was counted."""
-        return self.correct / self.total if self.total else float("nan")
+    def merge(self, other: Metric) -> None:
+        """Counts what another has counted."""
+        self.correct += other.correct
+        self.total += other.total
+
+    def results(self) -> dict[str, float]:
+        """The share of correct seconds, NaN before any was counted, and both counts."""
+        accuracy = self.correct / self.total if self.total else float("nan")
+        return {"segment accuracy": accuracy, "correct": self.correct, "total": self.total}
 
 
 @dataclass(frozen=True)
@@ -179,7 +222,7 @@ def read_splits(root: str | os.PathLike, annotations: Sequence[Annotation]) -> d
     raise FileNotFoundError(f"{root}: expected train_order.h5, trainSet.txt or train.txt there or in data/, got none")
 
 
-class AVEDataset(torch.utils.data.Dataset):
+class Dataset(torch.utils.data.Dataset):
     """One split of a data set in AVE's layout.
 
     Args:
@@ -193,7 +236,7 @@ class AVEDataset(torch.utils.data.Dataset):
         cache: keep decoded clips in memory, in each process that reads them (6 MB a clip at 192 x 192 pixels).
 
     An item is a dict: audio (T, frames, mel bins) and video (T, 3, S, S) float32, labels (T,) int64, id. For a clip
-    that cannot be read it is the `media.MediaError` instead, which `collate` sets aside.
+    that cannot be read it is the `media.MediaError` instead, which `tasks.collate` sets aside.
 
     Raises: FileNotFoundError or ValueError naming the file, what was expected and what came.
     """
@@ -224,6 +267,10 @@ class AVEDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def metric(self) -> Metric:
+        """What the split is measured by."""
+        return Metric()
+
     def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
         from lavish_fast.media import MediaError
 
@@ -245,43 +292,6 @@ class AVEDataset(torch.utils.data.Dataset):
         if self._cache is not None:
             self._cache[video_id] = clip
         return clip
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B clips side by side; B is 0 when none could be read.
-
-    audio: (B, T, frames, mel bins). video: (B, T, 3, S, S). labels: (B, T). ids: of the clips.
-    failed: one line for each clip that could not be read, naming file and reason.
-    """
-
-    audio: Tensor
-    video: Tensor
-    labels: Tensor
-    ids: tuple[str, ...]
-    failed: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on another device."""
-        audio, video, labels = (x.to(device, non_blocking=True) for x in (self.audio, self.video, self.labels))
-        return Batch(audio, video, labels, self.ids, self.failed)
-
-    def pin_memory(self) -> Batch:
-        """The batch with its tensors in pinned memory; DataLoader calls it."""
-        audio, video, labels = (x.pin_memory() for x in (self.audio, self.video, self.labels))
-        return Batch(audio, video, labels, self.ids, self.failed)
-
-
-def collate(items: Iterable[dict[str, Any] | MediaError]) -> Batch:
-    """Items of a data set as a batch. Those that are errors are set aside in `failed`, as text."""
-    clips, failed = [], []
-    for item in items:
-        failed.append(str(item)) if isinstance(item, Exception) else clips.append(item)
-    stacked = (torch.stack([c[k] for c in clips]) if clips else torch.empty(0) for k in ("audio", "video", "labels"))
-    return Batch(*stacked, tuple(c["id"] for c in clips), tuple(failed))
 
 
 @dataclass(frozen=True)
@@ -356,7 +366,7 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
     missing = {split: tuple(i for i in ids[split] if i not in media) for split in ids}
     for split, absent in missing.items():
         if absent:
-            problems.append(f"{split}: {len(absent)} of {len(ids[split])} videos have no media: {_some(absent)}")
+            problems.append(f"{split}: {len(absent)} of {len(ids[split])} videos have no media: {some(absent)}")
     undecodable = []
     if decode:
         from lavish_fast.media import MediaError, load_clips
@@ -371,18 +381,18 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
 
     duplicates = tuple(i for i, count in Counter(row.video_id for row in annotations).items() if count > 1)
     if duplicates:
-        notes.append(f"{len(duplicates)} videos have more than one row: {_some(duplicates)}")
+        notes.append(f"{len(duplicates)} videos have more than one row: {some(duplicates)}")
     shared = {}
     for a, b in combinations(ids, 2):
         both = set(ids[b])
         shared[f"{a} and {b}"] = tuple(i for i in ids[a] if i in both)
-    notes += [f"{len(both)} videos are in {pair}: {_some(both)}" for pair, both in shared.items() if both]
+    notes += [f"{len(both)} videos are in {pair}: {some(both)}" for pair, both in shared.items() if both]
     if splits and (unused := len(annotations) - len(set().union(*splits.values()))):
         notes.append(f"{unused} rows are in no split")
     if void := [row.video_id for row in annotations if row.start >= row.end]:
-        notes.append(f"{len(void)} rows have start >= end, so that all is background: {_some(void)}")
+        notes.append(f"{len(void)} rows have start >= end, so that all is background: {some(void)}")
     if late := [row.video_id for row in annotations if row.end > config.frames]:
-        notes.append(f"{len(late)} rows end after second {config.frames}: {_some(late)}")
+        notes.append(f"{len(late)} rows end after second {config.frames}: {some(late)}")
     if config.classes == AVE_CLASSES:
         sizes = {"Annotations.txt": (_AVE_ROWS, len(annotations))}
         sizes |= {split: (_AVE_SPLITS[split], len(indices)) for split, indices in splits.items()}
@@ -497,7 +507,7 @@ def _class_problem(annotations: Sequence[Annotation], config: Config) -> str | N
     if got == config.classes:
         return None
     if len(got) != len(config.classes):
-        return f"classes: expected the configuration's {len(config.classes)}, got {len(got)}: {_some(got)}"
+        return f"classes: expected the configuration's {len(config.classes)}, got {len(got)}: {some(got)}"
     index, (a, b) = next((i, pair) for i, pair in enumerate(zip(config.classes, got)) if pair[0] != pair[1])
     return f"classes: expected the configuration's, number {index} {a!r}, got {b!r}"
 
@@ -530,7 +540,3 @@ def _load_media(path: Path, **options: Any) -> Clip:
     if path.is_dir():
         return media.load_frames_and_wav(path, _wav_path(path), **options)
     return media.load_clip(path, **options)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
