@@ -43,7 +43,7 @@ def test_vit_is_timms():
         assert relative_error(ours(images), theirs(images)) < 2e-6
 
 
-@pytest.mark.parametrize("name", Config.presets())
+@pytest.mark.parametrize("name", [name for name in Config.presets() if "videomae" not in name])
 def test_presets_take_the_weights_they_name(name):
     config = Config.from_preset(name)
     with torch.device("meta"):

@@ -46,12 +46,12 @@ def side_by_side(config: Config, encoded: Encoded) -> Tensor:
     return torch.cat(encoded.pooled[::-1] if config.backbone.kind == "swinv2" else encoded.pooled, -1)
 
 
-def frames(config: Config, name: str, x: Any) -> Tensor:
-    """Frames (B, T, 3, S, S) as images (B * T, 3, S, S).
+def frames(config: Config, name: str, x: Any, side: int | None = None) -> Tensor:
+    """Frames (B, T, 3, S, S) as images (B * T, 3, S, S); S is the backbone's unless another side is given.
 
     Raises: ValueError naming the input, what was expected and what came.
     """
-    side = config.backbone.img_size
+    side = side or config.backbone.img_size
     return _checked(name, x, (3, side, side)).flatten(0, 1)
 
 
