@@ -66,6 +66,18 @@ def read_meta(path: str | os.PathLike) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def find(root: str | os.PathLike) -> tuple[Path, tuple[Row, ...]]:
+    """The folder s4_data/, and the clips. Raises: as `read_meta`."""
+    meta = _meta_path(Path(root))
+    return _data_path(meta), read_meta(meta)
+
+
+def frames_and_wav(data: Path, folder: Path) -> tuple[Path, Path]:
+    """Where the frames and the sound of a clip, `Row.folder`, lie in s4_data/."""
+    frames = data / _FRAMES / folder
+    return frames, _wav_path(frames)
+
+
 class Dataset(torch.utils.data.Dataset):
     """One split of a data set in S4's layout.
 
