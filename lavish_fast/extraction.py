@@ -1,5 +1,6 @@
 """Videos to extracted frames and sound, in the layouts that the tasks' readers take.
 
+Sound is kept in 16 bits, as in the data sets' own wav files: near silence a spectrogram is not that of the video.
 Each file is written under another name and then moved, frames before sound: a clip that has both is finished, and
 what a kill leaves behind is done again.
 """

@@ -123,6 +123,7 @@ def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str
     axes["area"].tick_params(axis="y", labelsize=8, colors=_MUTED, length=0)
     axes["area"].grid(axis="y", color=_BACKGROUND, linewidth=0.8)
     _name_row(axes["area"], "marked")
+    axes["area"].yaxis.set_label_coords(-0.03, 0.5)
     _show_seconds(axes["area"])
     return figure
 
@@ -146,9 +147,10 @@ def overlay(mask: np.ndarray, height: int, width: int) -> Image.Image:
     import numpy as np
     from PIL import Image, ImageChops, ImageFilter
 
-    # Bilinearly, so that a small mask on a large picture has smooth edges.
+    # Blurred by half a pixel of its own and cut off again, so that a small mask has smooth edges on a large picture.
     grey = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
-    inside = grey.point(lambda value: 255 * (value >= 128))
+    grey = grey.filter(ImageFilter.GaussianBlur([max(0, (a / b - 1) / 2) for a, b in zip(grey.size, mask.T.shape)]))
+    inside = grey.point(lambda value: 8 * (value - 112))
     core = inside
     for _ in range(max(1, round(min(height, width) / 150))):  # pixels of the outline
         core = core.filter(ImageFilter.MinFilter(3))
@@ -168,7 +170,7 @@ def choice(
     """
     thumbnails = min(len(clip.video), _MAX_THUMBNAILS)
     strip = min(_INNER / thumbnails, _MAX_THUMBNAIL)
-    heights = {"frames": strip, "sound": 1.35, "axis": 0.2, what: 0.32 * len(best)}
+    heights = {"frames": strip, "sound": 1.35, "axis": 0.2, what: 0.32 * len(best), "space": 0.05}
     figure, axes = _rows(title, heights, ("frames", "sound", what), clip.duration, below)
     _draw_frames(axes["frames"], clip.video, thumbnails, strip, clip.duration / len(clip.video))
     _draw_sound(axes["sound"], clip.audio, clip.duration / len(clip.audio))
@@ -201,7 +203,7 @@ def latents(counts: Sequence[int], scores: Sequence[float], gflops: Sequence[flo
     left.set_xscale("log", base=2)
     left.set_xticks(counts, [f"{count}" for count in counts])
     left.minorticks_off()
-    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     right.margins(x=0.08, y=0.15)
     right.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     right.ticklabel_format(useOffset=False)

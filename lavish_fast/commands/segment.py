@@ -140,7 +140,7 @@ def write_film(
 
     between = [(a + b) / 2 for a, b in pairwise(times)]
     with av.open(str(path), "w", format="mp4") as container:
-        video = container.add_stream("libx264", options={"crf": "20", "preset": "fast"})
+        video = container.add_stream("libx264", options={"crf": "20", "preset": "veryfast"})
         video.pix_fmt = "yuv420p"
         video.codec_context.time_base = _TICK
         audio = container.add_stream("aac", rate=_SOUND_RATE, layout="mono") if sound else None
