@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from lavish_fast import ops, tasks
 from lavish_fast.adapter import BlockAdapters
@@ -208,7 +208,9 @@ class FastTraining(nn.Module):
             statistics = _Statistics(self.network)
             before = statistics.flat()
             samples = tuple(x.clone() for x in given)
-            self._graphed[rows] = torch.cuda.make_graphed_callables(classify, samples, allow_unused_input=True)
+            flat = _Flat(classify)
+            graphed = torch.cuda.make_graphed_callables(flat, samples, allow_unused_input=True)
+            self._graphed[rows] = lambda *inputs: flat.restored(graphed(*inputs))
             statistics.put(before)  # the runs before the capture are no steps
         if rows not in self._graphed:
             return classify
@@ -301,6 +303,24 @@ class _Classify(nn.Module):
             return self.network.classify(*inputs)
         with torch.autocast(inputs[0].device.type, self.dtype, cache_enabled=False):
             return self.network.classify(*inputs)
+
+
+class _Flat(nn.Module):
+    """A module's outputs as a tuple of tensors and of nothing else, which is what PyTorch makes graphs of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves, self._structure = tree_flatten(self.module(*inputs))
+        self._tensors = [isinstance(leaf, Tensor) for leaf in leaves]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def restored(self, outputs: tuple[Tensor, ...]) -> Any:
+        """The module's outputs of such a tuple; where there was no tensor there is None."""
+        given = iter(outputs)
+        return tree_unflatten([next(given) if tensor else None for tensor in self._tensors], self._structure)
 
 
 def _compile(parts: Iterable[nn.Module]) -> None:
@@ -727,7 +747,9 @@ class Graphs:
                 last = min(first + most, rows)
                 parts.append(self._replay([x[first * len(x) // rows : last * len(x) // rows] for x in inputs]))
             self._done = stream.record_event()
-        return parts[0] if len(parts) == 1 else tree_map(lambda *outputs: torch.cat(outputs), *parts)
+        if len(parts) == 1:
+            return parts[0]
+        return tree_map(lambda *outputs: None if outputs[0] is None else torch.cat(outputs), *parts)
 
     def _replay(self, inputs: list[Tensor]) -> Any:
         rows, count = len(inputs[0]), len(inputs)
@@ -746,7 +768,7 @@ class Graphs:
             static[: len(x)].copy_(x)
         graph, outputs = self._graphs[count, size]
         graph.replay()
-        return tree_map(lambda x: x[: len(x) * rows // size].clone(), outputs)
+        return tree_map_only(Tensor, lambda x: x[: len(x) * rows // size].clone(), outputs)
 
 
 def _capture(function: Callable, inputs: Sequence[Tensor], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
