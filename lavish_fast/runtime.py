@@ -372,7 +372,7 @@ def explain(model: Model | Concatenated | Fast | FastTraining) -> Explanation:
 
     In inference, or in training for what `optimize` made for it.
 
-    Runs every block's ops on one image of zeros, as they are chosen by the tensors' device, type and shape.
+    Runs every block's ops on two images of zeros, as they are chosen by the tensors' device, type and shape.
 
     Raises: ValueError where the model asks for "fused" and a kernel cannot be had, with all the reasons.
     """
@@ -406,23 +406,28 @@ def explain(model: Model | Concatenated | Fast | FastTraining) -> Explanation:
 
 
 def _choices_by_block(network: nn.Module) -> Iterator[list[ops.Choice]]:
-    """What the ops of each block choose for one image, without what may be compiled."""
+    """What the ops of each block choose for two images, without what may be compiled."""
     streams, first = len(network.config.streams), network.config.adapter.first_block
     if isinstance(network, Concatenated):
         for block in network.blocks:
             size, norm = block.attention.size, block.p1.norm
-            x = norm.weight.new_zeros(streams, 1, size * size, len(norm.weight)).requires_grad_(network.training)
+            x = norm.weight.new_zeros(streams, 2, size * size, len(norm.weight)).requires_grad_(network.training)
             with ops.recording() as choices:
                 for part, given in ((block.attention, [x[0].repeat(1, 1, 3)]), (block.p1, [x, x]), (block.p2, [x, x])):
                     type(part).forward(part, *given)
             yield choices
         return
-    backbone, side = network.backbone, network.config.backbone.img_size
-    x = backbone.embed(next(network.parameters()).new_zeros(1, 3, side, side)).requires_grad_(network.training)
+    backbone, config = network.backbone, network.config
+    side, sound = config.backbone.img_size, config.spectrogram
+    shapes = {"audio": (3, sound.frames, sound.mel_bins), "video": (3, side, side)}
+    if config.images == 1 < config.frames:
+        shapes["video"] = (3, config.frames, side, side)
+    zeros = [next(network.parameters()).new_zeros(2, *shapes[stream]) for stream in config.streams]
+    xs = [backbone.embed(x).requires_grad_(network.training) for x in zeros]
     for i, (block, adapters) in enumerate(zip(backbone.blocks[first:], network.adapters), first):
-        x = backbone.enter(i, x)
+        xs = [backbone.enter(i, x) for x in xs]
         with ops.recording() as choices:
-            BlockAdapters.forward(adapters, block, [x] * streams)
+            BlockAdapters.forward(adapters, block, xs)
         yield choices
 
 

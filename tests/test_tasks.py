@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lavish_fast import Config, Model, TrainingStep, checkpoint, explain, optimize, tasks
+from lavish_fast import Config, Model, TrainingStep, checkpoint, explain, ops, optimize, tasks
+from lavish_fast.adapter import LavishAdapter
 from lavish_fast.config import (
     HEADS,
     MODALITIES,
@@ -126,38 +127,41 @@ def test_a_step_of_training_equals_the_models_own(task):
     assert step.finish().failed == 1
 
 
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_a_gate_before_the_last_norm_through_the_kernels(batch_norm):
-    """A step of the released AVS order, in the interpreter: the kernels' own gate comes last."""
-    from lavish_fast import ops
-    from lavish_fast.adapter import LavishAdapter
-
+@pytest.mark.parametrize(
+    ("settings", "lengths"),
+    [
+        (replace(GATE_FIRST, batch_norm=True), (16, 16)),
+        (GATE_FIRST, (16, 16)),
+        (replace(ADAPTER, batch_norm=True), (9, 16)),
+    ],
+    ids=["gate before LN_after", "gate before LN_after, no BatchNorm", "streams of two lengths"],
+)
+def test_what_the_other_tasks_ask_of_the_adapters_kernels(settings, lengths):
+    """In the interpreter. The kernels' own gate comes last, and a launch of theirs takes streams of one length."""
     torch.manual_seed(0)
-    width, settings = 64, replace(GATE_FIRST, batch_norm=batch_norm)
+    width = 64
     adapters = [randomise(LavishAdapter(width, settings), seed=i).double() for i in range(2)]
-    norm = randomise(torch.nn.LayerNorm(width), seed=3).double()
-    xs, branches = torch.randn(2, 2, 2, 16, width, dtype=torch.float64)
+    norm = randomise(torch.nn.LayerNorm(width), seed=3).double().requires_grad_(False)
+    xs, branches = ([torch.randn(2, N, width, dtype=torch.float64) for N in lengths] for _ in range(2))
 
     def run(dtype, path, training):
         own = [copy.deepcopy(a).to(dtype).train(training) for a in adapters]
-        given = [x.to(dtype).requires_grad_(training) for x in xs]
+        given = [x.detach().to(dtype, copy=True).requires_grad_(training) for x in xs]
+        arguments = given, [b.to(dtype) for b in branches], own, copy.deepcopy(norm).to(dtype), torch.nn.Identity()
         with torch.set_grad_enabled(training):
-            out = ops.adapter(
-                given, [b.to(dtype) for b in branches], own, copy.deepcopy(norm).to(dtype).requires_grad_(False),
-                torch.nn.Identity(), path=path,
-            )  # fmt: skip
-            out = torch.stack(list(out))
-            if not training:
-                return [out]
-            (out * torch.arange(out.numel()).view_as(out).sin()).sum().backward()
-        return [out.detach(), given[0].grad, *(p.grad for a in own for p in a.parameters())]
+            outs = [out.flatten() for out in ops.adapter(*arguments, path=path)]
+            if training:
+                sum((out * torch.arange(out.numel()).sin()).sum() for out in outs).backward()
+        buffers = [b.double() for a in own for b in a.buffers()]
+        gradients = [p.grad for p in (*given, *(p for a in own for p in a.parameters()))] if training else []
+        return [out.detach() for out in outs] + buffers + gradients
 
     for training in (False, True):
         truth, got = run(torch.float64, "reference", training), run(torch.float32, "fused", training)
         for i, (expected, x) in enumerate(zip(truth, got, strict=True)):
             # Before a LayerNorm the gate's own gradient is zero but for eps.
             assert (x.double() - expected).norm() <= 1e-4 * expected.norm() + 1e-4, (training, i)
-    assert not torch.allclose(truth[0], torch.stack(list(xs + branches))), "the adapters must show"
+    assert not torch.allclose(truth[0], (xs[0] + branches[0]).flatten()), "the adapters must show"
 
 
 @pytest.mark.parametrize(
