@@ -700,7 +700,7 @@ def test_any_typed_question_is_encoded_or_refused(text):
 # The data set
 
 
-def fake_clip(path, *, frames, img_size, spectrogram, antialias=False):
+def fake_clip(path, *, frames, img_size, spectrogram, frame_rate, antialias=False):
     """A clip that tells which file it is of, and which frame a frame is; a file of one byte is a bad one."""
     if not Path(path).is_file():
         raise media.MediaError(path, "expected a file, got none")

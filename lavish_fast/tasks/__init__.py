@@ -12,7 +12,8 @@ What the rest of the package calls in each of them:
 - `kept(outputs, clips)`: what evaluation keeps of each clip, a tensor with a row for each.
 - `Dataset(root, split, config)`: items are dicts with the model's arguments by name, "labels" and "id", or the
   `media.MediaError` of a clip that cannot be read; `metric()` makes its `Metric`.
-- `settle(config, root)`: the configuration with what the data set fixes. `verify(root, config)`: a `Report`.
+- `settle(config, root)`: the configuration with what the data set fixes. `verify(root, config)`: a `Report`, with
+  `decode=True` of every file too; its `progress` is called with the files tried and the files in all.
 - `HEAD_NAMES`: dotted prefixes of the head's tensors in the released state dict, and ours below "head."; None for
   entries that the released network never reads.
 - `fitted(config, tensors)`: the configuration with what the tensors' shapes say and the released options do not.
@@ -21,8 +22,10 @@ What the rest of the package calls in each of them:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +36,7 @@ from lavish_fast.backbones import Encoded
 from lavish_fast.config import Config
 
 if TYPE_CHECKING:
-    from lavish_fast.media import MediaError
+    from lavish_fast.media import Clip, MediaError
 
 
 def load(name: str) -> ModuleType:
@@ -132,3 +135,43 @@ def collate(items: Iterable[dict[str, Any] | MediaError]) -> Batch:
 def some(names: Sequence[str]) -> str:
     """The first of many names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What `decode` found: a line for each file that does not decode, the names of clips without sound, and notes."""
+
+    undecodable: tuple[str, ...]
+    silent: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def decode(
+    paths: Collection[str | os.PathLike],
+    *,
+    workers: int | None,
+    progress: Callable[[int, int], None] | None,
+    load: Callable[..., Clip] | None = None,
+    **options: Any,
+) -> Decoded:
+    """Tries every file of a data set. Arguments: as for `media.load_clips` and for the tasks' `verify`."""
+    from lavish_fast import media
+
+    undecodable, silent, warned = [], [], []
+    clips = media.load_clips(paths, workers=workers, load=load or media.load_clip, **options)
+    for tried, (path, clip) in enumerate(clips, 1):
+        if isinstance(clip, media.MediaError):
+            undecodable.append(str(clip))
+        else:
+            if clip.silent:
+                path = Path(path)
+                silent.append(path.stem if path.suffix.lower() in media.VIDEO_SUFFIXES else path.name)
+            warned += [message for message in clip.warnings if not message.endswith(media.SILENCE)]
+        if progress:
+            progress(tried, len(paths))
+    notes = []
+    if silent:
+        notes.append(f"{len(silent)} of {len(paths)} clips have no sound, {media.SILENCE}: {some(silent)}")
+    if warned:
+        notes.append(f"{len(warned)} warnings: {some(warned)}")
+    return Decoded(tuple(undecodable), tuple(silent), tuple(notes))

@@ -19,7 +19,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from pathlib import Path
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavish_fast import tasks
 from lavish_fast.config import UCF101_CLASSES, Config
 from lavish_fast.tasks import some
 
@@ -287,7 +288,7 @@ class Dataset(torch.utils.data.Dataset):
 
         if self._cache and row.id in self._cache:
             return self._cache[row.id]
-        clip = load_clip(_media_path(self.root, row), **_media_options(self.config), antialias=self.antialias)
+        clip = load_clip(_media_path(self.root, row), **media_options(self.config), antialias=self.antialias)
         if clip.silent and not self.silent:
             warnings.warn(f"{self.root}: has clips without sound, {SILENCE} (first {row.id})", stacklevel=3)
         if clip.silent:
@@ -337,13 +338,20 @@ class Report:
 
 
 def verify(
-    root: str | os.PathLike, config: Config, *, decode: bool = False, workers: int | None = None, fold: int = 1
+    root: str | os.PathLike,
+    config: Config,
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    fold: int = 1,
 ) -> Report:
     """Looks through a data set before training. Sizes other than UCF101's own are noted when the classes are its.
 
     Args:
         decode: also decode every file, in `workers` processes, by default one a CPU core, and count the clips
             without sound.
+        progress: called as progress(files decoded, files in all) after each.
         fold: the one to look at.
 
     Raises: ValueError for a fold other than 1, 2 and 3, nothing for a faulty data set; the report says what is wrong.
@@ -377,23 +385,13 @@ def verify(
     for split, absent in missing.items():
         if absent:
             problems.append(f"{split}: {len(absent)} of {len(splits[split])} clips have no file: {some(absent)}")
-    undecodable, silent = [], None
+    undecodable: tuple[str, ...] = ()
+    silent = None
     if decode:
-        from lavish_fast.media import SILENCE, MediaError, load_clips
-
-        silent, warned = [], []
-        ids = {paths[row]: row.id for row in paths if row in there}
-        for path, clip in load_clips(ids, workers=workers, **_media_options(config)):
-            if isinstance(clip, MediaError):
-                undecodable.append(str(clip))
-                continue
-            if clip.silent:
-                silent.append(ids[path])
-            warned += [message for message in clip.warnings if not message.endswith(SILENCE)]
-        if silent:
-            notes.append(f"{len(silent)} of {len(ids)} clips have no sound, {SILENCE}: {some(silent)}")
-        if warned:
-            notes.append(f"{len(warned)} warnings: {some(warned)}")
+        files = [paths[row] for row in paths if row in there]
+        decoded = tasks.decode(files, workers=workers, progress=progress, **media_options(config))
+        undecodable, silent = decoded.undecodable, decoded.silent
+        notes += decoded.notes
     problems += undecodable
 
     for a, b in combinations(splits, 2):
@@ -415,8 +413,8 @@ def verify(
         fold,
         sizes,
         missing,
-        tuple(undecodable),
-        None if silent is None else tuple(silent),
+        undecodable,
+        silent,
         tuple(problems),
         tuple(notes),
     )
@@ -520,6 +518,7 @@ def _media_path(root: Path, row: Row) -> Path:
     return inside if inside.is_file() else root / row.category / row.name
 
 
-def _media_options(config: Config) -> dict[str, Any]:
+def media_options(config: Config) -> dict[str, Any]:
+    """Arguments of `media.load_clip`."""
     options = {"frames": config.frames, "img_size": config.backbone.img_size, "spectrogram": config.spectrogram}
     return options | {"frame_rate": None}

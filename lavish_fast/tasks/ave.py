@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -227,8 +227,8 @@ class Dataset(torch.utils.data.Dataset):
 
     Args:
         root: the folder. Annotations.txt and the splits (see `read_splits`) lie in it or in its data/; a clip's
-            media are the first of AVE/ID.mp4, videos/ID.mp4, ID.mp4 (or another suffix of a video file), or else
-            frames/ID/*.jpg with audio/ID.wav.
+            media are frames/ID/*.jpg with audio/ID.wav where both are extracted, or else the first of AVE/ID.mp4,
+            videos/ID.mp4, ID.mp4 (or another suffix of a video file).
         split: "train", "val" or "test".
         config: gives T, the size of frames and spectrograms, and the classes, which must be the data set's.
         antialias: of the resizing, as for `media.load_clip`.
@@ -329,7 +329,14 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, workers: int | None = None) -> Report:
+def verify(
+    root: str | os.PathLike,
+    config: Config,
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
     """Looks through a data set before training.
 
     Reported and not removed, for comparability: AVE has 45 videos with several rows, some of them in two splits
@@ -337,6 +344,7 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
 
     Args:
         decode: also decode every file, in `workers` processes, by default one a CPU core.
+        progress: called as progress(files decoded, files in all) after each.
 
     Raises: nothing for a faulty data set; the report says what is wrong.
     """
@@ -367,16 +375,13 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
     for split, absent in missing.items():
         if absent:
             problems.append(f"{split}: {len(absent)} of {len(ids[split])} videos have no media: {some(absent)}")
-    undecodable = []
+    undecodable: tuple[str, ...] = ()
     if decode:
-        from lavish_fast.media import MediaError, load_clips
-
         paths = [media[i] for i in dict.fromkeys(chain(*ids.values())) if i in media]
-        for _, clip in load_clips(paths, workers=workers, load=_load_media, **_media_options(config)):
-            if isinstance(clip, MediaError):
-                undecodable.append(str(clip))
-            else:
-                notes += clip.warnings
+        options = {"workers": workers, "progress": progress, "load": _load_media} | _media_options(config)
+        found = tasks.decode(paths, **options)
+        undecodable = found.undecodable
+        notes += found.notes
     problems += undecodable
 
     duplicates = tuple(i for i, count in Counter(row.video_id for row in annotations).items() if count > 1)
@@ -398,9 +403,7 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
         sizes |= {split: (_AVE_SPLITS[split], len(indices)) for split, indices in splits.items()}
         notes += [f"{name}: AVE has {ave} rows, got {got}" for name, (ave, got) in sizes.items() if ave != got]
     sizes = {split: len(indices) for split, indices in splits.items()}
-    return Report(
-        len(rows), header, sizes, missing, duplicates, shared, tuple(undecodable), tuple(problems), tuple(notes)
-    )
+    return Report(len(rows), header, sizes, missing, duplicates, shared, undecodable, tuple(problems), tuple(notes))
 
 
 def _read_rows(path: Path) -> tuple[bool, list[Annotation | ValueError]]:
@@ -512,17 +515,22 @@ def _class_problem(annotations: Sequence[Annotation], config: Config) -> str | N
     return f"classes: expected the configuration's, number {index} {a!r}, got {b!r}"
 
 
-def _find_media(root: Path) -> dict[str, Path]:
-    """By video id: the video file, or the folder of frames that has a wav file."""
+def find_videos(root: Path) -> dict[str, Path]:
+    """The video files by id: of root/, its videos/ and its AVE/, of which the last one wins."""
     from lavish_fast.media import VIDEO_SUFFIXES
 
     found: dict[str, Path] = {}
-    frames = root / "frames"
-    if frames.is_dir():
-        found = {path.name: path for path in frames.iterdir() if _wav_path(path).is_file()}
-    for folder in (root, root / "videos", root / "AVE"):  # the last one wins
+    for folder in (root, root / "videos", root / "AVE"):
         if folder.is_dir():
             found |= {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES}
+    return found
+
+
+def _find_media(root: Path) -> dict[str, Path]:
+    """By video id: the folder of frames that has a wav file, or else the video file."""
+    found, frames = find_videos(root), root / "frames"
+    if frames.is_dir():
+        found |= {path.name: path for path in frames.iterdir() if _wav_path(path).is_file()}
     return found
 
 
@@ -534,9 +542,10 @@ def _media_options(config: Config) -> dict[str, Any]:
     return {"frames": config.frames, "img_size": config.backbone.img_size, "spectrogram": config.spectrogram}
 
 
-def _load_media(path: Path, **options: Any) -> Clip:
+def _load_media(path: Path, *, frame_rate: float | None = None, **options: Any) -> Clip:
+    """frame_rate: at which the released pipeline extracts a video's frames, if it is not `media.FRAME_RATE`."""
     from lavish_fast import media
 
     if path.is_dir():
         return media.load_frames_and_wav(path, _wav_path(path), **options)
-    return media.load_clip(path, **options)
+    return media.load_clip(path, frame_rate=frame_rate or media.FRAME_RATE, **options)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lavish_fast import tasks
 from lavish_fast.config import Config
 from lavish_fast.tasks import some
 from lavish_fast.tasks.ave import _find_media, _load_media, _media_options
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # Questions of MUSIC-AVQA in json/, which the published results are of, and in json_update/; its vocabulary and answers.
 _SIZES = {"val": (4595, 4568), "test": (9185, 9129)}
 _WORDS, _ANSWERS = 93, 42
+FRAME_RATE = 1.0  # frames a second that MUSIC-AVQA extracts
 _TRIES = 8  # at reading a negative frame, where files are broken
 
 
@@ -42,8 +44,9 @@ class Dataset(torch.utils.data.Dataset):
     """The questions of one split, each with its clip.
 
     Args:
-        root: the folder. For its questions see `questions_path`; a clip's media are the first of AVE/ID.mp4,
-            videos/ID.mp4, ID.mp4 (or another suffix of a video file), or else frames/ID/*.jpg with audio/ID.wav.
+        root: the folder. For its questions see `questions_path`; a clip's media are frames/ID/*.jpg with audio/ID.wav
+            where both are extracted, or else the first of AVE/ID.mp4, videos/ID.mp4, ID.mp4 (or another suffix of a
+            video file), of which frames are taken as MUSIC-AVQA extracts them, one a second.
         split: "train", "val" or "test".
         config: gives T, the size of frames and spectrograms, the vocabulary and the answers (see `settle`).
         antialias: of the resizing, as for `media.load_clip`.
@@ -154,7 +157,7 @@ class Dataset(torch.utils.data.Dataset):
     def _load(self, video_id: str) -> Clip:
         if self._cache and video_id in self._cache:
             return self._cache[video_id]
-        clip = _load_media(self._path(video_id), **_media_options(self.config), antialias=self.antialias)
+        clip = _load_media(self._path(video_id), **media_options(self.config), antialias=self.antialias)
         for message in clip.warnings:
             warnings.warn(message, stacklevel=2)
         if self._cache is not None:
@@ -237,7 +240,14 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, workers: int | None = None) -> Report:
+def verify(
+    root: str | os.PathLike,
+    config: Config,
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
     """Looks through a data set before training.
 
     Words and answers are checked against those of avqa-train.json: `settle` gives the model just these. Sizes other
@@ -245,6 +255,7 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
 
     Args:
         decode: also decode every file, in `workers` processes, by default one a CPU core.
+        progress: called as progress(files decoded, files in all) after each.
 
     Raises: nothing for a faulty data set; the report says what is wrong.
     """
@@ -294,19 +305,16 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
     for split, absent in missing.items():
         if absent:
             problems.append(f"{split}: {len(absent)} of {len(ids[split])} videos have no media: {some(absent)}")
-    undecodable = []
+    undecodable: tuple[str, ...] = ()
     if decode:
-        from lavish_fast.media import MediaError, load_clips
-
         paths = [media[i] for i in dict.fromkeys(i for each in ids.values() for i in each) if i in media]
-        for _, clip in load_clips(paths, workers=workers, load=_load_media, **_media_options(config)):
-            if isinstance(clip, MediaError):
-                undecodable.append(str(clip))
-            else:
-                notes += clip.warnings
+        options = {"workers": workers, "progress": progress, "load": _load_media} | media_options(config)
+        found = tasks.decode(paths, **options)
+        undecodable = found.undecodable
+        notes += found.notes
     problems += undecodable
     sizes = {split: len(rows) for split, rows in questions.items()}
-    return Report(sizes, missing, tuple(undecodable), tuple(problems), tuple(notes))
+    return Report(sizes, missing, undecodable, tuple(problems), tuple(notes))
 
 
 def _first_readable(read: Callable[[], Any]) -> Any:
@@ -319,3 +327,8 @@ def _first_readable(read: Callable[[], Any]) -> Any:
         except MediaError:
             if not left:
                 raise
+
+
+def media_options(config: Config) -> dict[str, Any]:
+    """Arguments of `media.load_clip`."""
+    return _media_options(config) | {"frame_rate": FRAME_RATE}

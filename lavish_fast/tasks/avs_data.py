@@ -15,7 +15,7 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lavish_fast import tasks
 from lavish_fast.config import Config
 from lavish_fast.tasks import some
 from lavish_fast.tasks.avs_metric import Metric
@@ -63,6 +64,18 @@ def read_meta(path: str | os.PathLike) -> tuple[Row, ...]:
         if isinstance(row, ValueError):
             raise row
     return tuple(rows)
+
+
+def find(root: str | os.PathLike) -> tuple[Path, tuple[Row, ...]]:
+    """The folder s4_data/, and the clips. Raises: as `read_meta`."""
+    meta = _meta_path(Path(root))
+    return _data_path(meta), read_meta(meta)
+
+
+def frames_and_wav(data: Path, folder: Path) -> tuple[Path, Path]:
+    """Where the frames and the sound of a clip, `Row.folder`, lie in s4_data/."""
+    frames = data / _FRAMES / folder
+    return frames, _wav_path(frames)
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -163,15 +176,23 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, workers: int | None = None) -> Report:
+def verify(
+    root: str | os.PathLike,
+    config: Config,
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
     """Looks through a data set before training: the list, and that each clip has its frames, masks and sound.
 
     Args:
         decode: also decode every file, in `workers` processes, by default one a CPU core; sees masks of another size.
+        progress: called as progress(files decoded, files in all) after each.
 
     Raises: nothing for a faulty data set; the report says what is wrong.
     """
-    from lavish_fast.media import MediaError, load_clips
+    from lavish_fast.media import MediaError
 
     problems: list[str] = []
     notes: list[str] = []
@@ -197,14 +218,12 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
         if faults:
             text = f"{split}: {len(faults)} of {len(of_split)} clips lack files or have too many: {some(tuple(faults))}"
             problems.append(f"{text}; first {next(iter(faults.values()))}")
-    undecodable = []
+    undecodable: tuple[str, ...] = ()
     if decode:
-        paths = list(dict.fromkeys(whole))
-        for _, clip in load_clips(paths, workers=workers, load=_load_clip, **_media_options(config)):
-            if isinstance(clip, MediaError):
-                undecodable.append(str(clip))
-            else:
-                notes += clip.warnings
+        options = {"workers": workers, "progress": progress, "load": _load_clip} | _media_options(config)
+        decoded = tasks.decode(list(dict.fromkeys(whole)), **options)
+        undecodable = decoded.undecodable
+        notes += decoded.notes
     problems += undecodable
 
     if repeated := tuple(name for name, count in Counter(row.name for row in rows).items() if count > 1):
@@ -213,7 +232,7 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
     others = {split: size for split, size in sizes.items() if size != _SIZES[split]}
     notes += [f"{split}: S4 has {_SIZES[split]} clips, got {size}" for split, size in others.items()]
     categories = len({row.category for row in rows})
-    return Report(len(found), categories, sizes, missing, tuple(undecodable), tuple(problems), tuple(notes))
+    return Report(len(found), categories, sizes, missing, undecodable, tuple(problems), tuple(notes))
 
 
 def _read_rows(path: Path) -> list[Row | ValueError]:
