@@ -43,6 +43,7 @@ from lavish_fast.config import (
     ViTConfig,
 )
 from lavish_fast.tasks import ave
+from lavish_fast.vggish import PATCH
 
 MODES = ("inference", "training")
 LATENTS = (1, 2, 4, 8, 16, 32, 64)  # the paper's Figure 1
@@ -368,6 +369,8 @@ def _network(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
     inputs = (audio, video)
     if config.task == "ave":
         labels = torch.arange(count).view(clips, -1) % len(config.classes)
+        if config.head.vggish:
+            inputs += (_draw(clips, config.frames, *PATCH, seed=4),)
     elif config.task == "avs":
         inputs, labels = (video, audio), (_draw(clips, 1, side, side, seed=3) > 0).float()
     elif config.task == "avqa":

@@ -14,6 +14,7 @@ from lavish_fast.config import (
     MODALITIES,
     TASKS,
     AdapterConfig,
+    AVEConfig,
     AVQAConfig,
     AVSConfig,
     ResNetConfig,
@@ -188,6 +189,49 @@ def test_other_backbones_run_every_task_that_they_can(task, backbone, changes):
     module, labels = tasks.load(task), make_labels(task)
     module.loss(fast(**given), labels).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for _, p in model.trainable_parameters())
+
+
+class Ear(torch.nn.Module):
+    """Of VGGish's inputs and outputs, without its 72 million parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(96 * 64, 128)
+
+    def forward(self, patches):
+        return self.fc(patches.flatten(1)).relu()
+
+
+def test_vggish_beside_event_localisation(monkeypatch, tmp_path):
+    monkeypatch.setattr("lavish_fast.model.VGGish", Ear)
+    torch.manual_seed(0)
+    model = randomise(Model(make_config("ave", head=AVEConfig(vggish=True)))).eval()
+    assert model.head.fc2.in_features == 512 + 128
+    assert not any("vggish" in name for name, _ in model.trainable_parameters())
+    given = make_inputs("ave") | {"patches": torch.randn(CLIPS, FRAMES, 96, 64)}
+    with torch.no_grad():
+        expected = model(**given)
+        hidden = model.head.fc1(model.features(**given))
+        heard = model.vggish(given["patches"].flatten(0, 1)[:, None])
+        torch.testing.assert_close(expected, model.head.fc2(torch.cat((hidden, heard), 1)).softmax(1))
+        for fast in (optimize(model, compile=False), optimize(model, training=True, compile=False)):
+            torch.testing.assert_close(fast(**given), expected, rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    frozen = {"backbone": model.backbone.state_dict(), "vggish": model.vggish.state_dict()}
+    with torch.no_grad():
+        again = Model.from_pretrained(tmp_path, **frozen)(**given)
+    torch.testing.assert_close(again, expected)
+    other = {name: tensor + 1 for name, tensor in frozen["vggish"].items()}
+    with pytest.raises(ValueError, match="expected the vggish it was trained on"):
+        Model.from_pretrained(tmp_path, **frozen | {"vggish": other})
+    with pytest.raises(ValueError, match=r"vggish: expected a file of its weights, .* got none"):
+        Model.from_pretrained(tmp_path, backbone=frozen["backbone"])
+    with pytest.raises(ValueError, match=r"patches: expected a floating tensor \(B, T, 96, 64\), got NoneType"):
+        model(**make_inputs("ave"))
+    with pytest.raises(ValueError, match=r"head\.vggish: expected it with the sound, got video"):
+        make_config("ave", head=AVEConfig(vggish=True), modality="video")
+    with pytest.raises(ValueError, match="vggish: expected a configuration with it beside"):
+        Model(make_config("ave")).load_vggish(frozen["vggish"])
 
 
 def test_presets_name_their_task_and_survive_a_file():
