@@ -152,7 +152,10 @@ def adapter(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, path: str = "auto") -> Tensor:
-    """softmax(scale q kᵀ) v. q, k, v (n, heads, N, d) -> (n, heads, N, d)."""
+    """softmax(scale q kᵀ) v. q, k, v (n, heads, N, d) -> (n, heads, N, d). "auto" is PyTorch's kernel."""
+    if path == "auto":
+        _record("attention", q, "sdpa", ["PyTorch's kernel"], q.shape[-1])
+        return attention_kernels.attention(q, k, v, scale)
     choose("attention", path, q, q.shape[-1], lambda: ["there is no fused kernel for it"])
     return reference.attention(q, k, v, scale)
 
