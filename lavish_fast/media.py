@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lavish_fast.config import SpectrogramConfig
+from lavish_fast.vggish import PATCH_SAMPLES, log_mel_patches
 
 if TYPE_CHECKING:
     import av
@@ -78,13 +79,14 @@ class Clip(NamedTuple):
 
     audio: (T, spectrogram.frames, mel_bins) float32, normalised; T = 1 for a spectrogram of the whole clip.
     video: (T, 3, S, S) float32, normalised by the ImageNet mean and std. duration: seconds. warnings: one line each,
-    with the file's path.
+    with the file's path. patches: (T, 96, 64) float32, VGGish's of the sound, where they are asked for.
     """
 
     audio: Tensor
     video: Tensor
     duration: float
     warnings: tuple[str, ...] = ()
+    patches: Tensor | None = None
 
     @property
     def silent(self) -> bool:
@@ -100,6 +102,7 @@ def load_clip(
     spectrogram: SpectrogramConfig = _SPECTROGRAM,
     antialias: bool = False,
     frame_rate: float | None = FRAME_RATE,
+    patches: bool = False,
 ) -> Clip:
     """The clip of a video file, sampled as the released AVE loader samples extracted frames and wav files.
 
@@ -113,6 +116,7 @@ def load_clip(
         img_size: S, in pixels.
         antialias: of the bicubic resize. The released results come from a torchvision without it.
         frame_rate: frames a second that are extracted; None for all of the file's own.
+        patches: whether to add VGGish's log-mel patches, one for each of T windows of 0.975 s.
 
     Raises: MediaError naming the file and the reason; ValueError for arguments out of range.
     """
@@ -134,7 +138,8 @@ def load_clip(
     _take_frames(path, source, frame_rate, choose, take, damage)
     video = torch.stack(video)
     audio = spectrograms(source.waveform, count, spectrogram)
-    return Clip(audio, video, source.duration, _warnings(path, source.warnings, damage))
+    heard = _patches(source.waveform, count) if patches else None
+    return Clip(audio, video, source.duration, _warnings(path, source.warnings, damage), heard)
 
 
 class Sound(NamedTuple):
@@ -178,6 +183,7 @@ def load_frames_and_wav(
     img_size: int = 192,
     spectrogram: SpectrogramConfig = _SPECTROGRAM,
     antialias: bool = False,
+    patches: bool = False,
 ) -> Clip:
     """The clip of the extracted layout: a folder of jpg or png frames at 3 frames a second, and a wav file.
 
@@ -206,7 +212,8 @@ def load_frames_and_wav(
             resized[i] = resize(_read_image(images[i - 1]), img_size, antialias)
     video = torch.stack([resized[i] for i in chosen])
     audio = spectrograms(waveform, count, spectrogram)
-    return Clip(audio, video, duration, _warnings(wav_path, warnings, damage))
+    heard = _patches(waveform, count) if patches else None
+    return Clip(audio, video, duration, _warnings(wav_path, warnings, damage), heard)
 
 
 def load_clips(
@@ -539,6 +546,13 @@ def _windows(waveform: Tensor, frames: int, spectrogram: SpectrogramConfig) -> T
         starts = np.linspace(0, last, frames, dtype=int).tolist()
         return torch.stack([waveform[start : start + length] for start in starts])
     return F.pad(waveform, (0, max(0, length - len(waveform))))[None]
+
+
+def _patches(waveform: Tensor, frames: int) -> Tensor:
+    """VGGish's patches (T, 96, 64) of windows at linspace(0, the last whole window, T); of zeros behind a short one."""
+    waveform = F.pad(waveform, (0, max(0, PATCH_SAMPLES - len(waveform))))
+    starts = np.linspace(0, len(waveform) - PATCH_SAMPLES, frames, dtype=int).tolist()
+    return log_mel_patches(torch.stack([waveform[i : i + PATCH_SAMPLES] for i in starts]))[:, 0]
 
 
 # Files

@@ -55,7 +55,7 @@ def frames(config: Config, name: str, x: Any, side: int | None = None) -> Tensor
     Raises: ValueError naming the input, what was expected and what came.
     """
     side = side or config.backbone.img_size
-    return _checked(name, x, (3, side, side)).flatten(0, 1)
+    return checked(name, x, (3, side, side)).flatten(0, 1)
 
 
 def spectrograms(config: Config, name: str, x: Any) -> Tensor:
@@ -70,10 +70,11 @@ def spectrograms(config: Config, name: str, x: Any) -> Tensor:
     shape = (
         (side, side) if config.backbone.kind == "swinv2" else (config.spectrogram.frames, config.spectrogram.mel_bins)
     )
-    return _checked(name, x, shape).unsqueeze(2).expand(-1, -1, 3, -1, -1).flatten(0, 1)
+    return checked(name, x, shape).unsqueeze(2).expand(-1, -1, 3, -1, -1).flatten(0, 1)
 
 
-def _checked(name: str, x: Any, shape: tuple[int, ...]) -> Tensor:
+def checked(name: str, x: Any, shape: tuple[int, ...]) -> Tensor:
+    """An input once it is known to be a floating tensor (B, T, *shape). Raises: ValueError that names it."""
     wanted = f"{name}: expected a floating tensor (B, T, {', '.join(map(str, shape))})"
     if not isinstance(x, Tensor):
         raise ValueError(f"{wanted}, got {type(x).__name__}")

@@ -24,6 +24,7 @@ from lavish_fast import tasks
 from lavish_fast.backbones import Encoded
 from lavish_fast.config import AVE_CLASSES, Config
 from lavish_fast.tasks import some
+from lavish_fast.vggish import FEATURES, PATCH
 
 if TYPE_CHECKING:
     from lavish_fast.media import Clip, MediaError
@@ -41,7 +42,10 @@ HEAD_NAMES = {"mlp_class": "fc1", "mlp_class_2": "fc2"}
 
 
 class Head(nn.Module):
-    """Two linear maps with nothing between them, then a softmax: the released network's classifier."""
+    """Two linear maps with nothing between them, then a softmax: the released network's classifier.
+
+    With `vggish` the second reads VGGish's 128 features of each second as well (the paper's Table 3).
+    """
 
     reads_stages = False
 
@@ -49,25 +53,33 @@ class Head(nn.Module):
         super().__init__()
         self.config = config
         self.fc1 = nn.Linear(len(config.streams) * config.width, config.head.hidden)
-        self.fc2 = nn.Linear(config.head.hidden, len(config.classes))
+        beside = FEATURES if config.head.vggish else 0
+        self.fc2 = nn.Linear(config.head.hidden + beside, len(config.classes))
 
-    def forward(self, encoded: Encoded) -> Tensor:
-        """Class probabilities (B * T, K)."""
-        return torch.softmax(self.fc2(self.fc1(tasks.side_by_side(self.config, encoded))), dim=-1)
+    def forward(self, encoded: Encoded, *vggish: Tensor) -> Tensor:
+        """Class probabilities (B * T, K). vggish: its features (B * T, 128), where it is beside."""
+        hidden = self.fc1(tasks.side_by_side(self.config, encoded))
+        return torch.softmax(self.fc2(torch.cat([hidden, *(x.to(hidden.dtype) for x in vggish)], -1)), dim=-1)
 
 
-def inputs(config: Config, audio: Any, video: Tensor | None = None) -> dict[str, Tensor]:
+def inputs(config: Config, audio: Any, video: Tensor | None = None, patches: Tensor | None = None) -> dict[str, Tensor]:
     """What the backbone sees of each stream that runs, by name, audio first: (B * T, 3, H, W).
+
+    Then, with VGGish, its patches (B * T, 96, 64).
 
     Args:
         audio: spectrograms (B, T, frames, mel bins), or a list whose first entry is that; None if unused.
         video: frames (B, T, 3, S, S), ImageNet-normalised; None if unused.
+        patches: with VGGish, its log-mel patches (B, T, 96, 64), one for each second (`lavish_fast.vggish`).
 
     Raises: ValueError naming the input, what was expected and what came.
     """
     read = {"audio": tasks.spectrograms, "video": tasks.frames}
     given = {stream: {"audio": audio, "video": video}[stream] for stream in config.streams}
     found = {stream: read[stream](config, stream, x) for stream, x in given.items()}
+    if config.head.vggish:
+        given["patches"] = patches
+        found["patches"] = tasks.checked("patches", patches, PATCH).flatten(0, 1)
     tasks.check_clips(**given)
     return found
 
@@ -235,8 +247,9 @@ class Dataset(torch.utils.data.Dataset):
         skip: video ids to leave out.
         cache: keep decoded clips in memory, in each process that reads them (6 MB a clip at 192 x 192 pixels).
 
-    An item is a dict: audio (T, frames, mel bins) and video (T, 3, S, S) float32, labels (T,) int64, id. For a clip
-    that cannot be read it is the `media.MediaError` instead, which `tasks.collate` sets aside.
+    An item is a dict: audio (T, frames, mel bins) and video (T, 3, S, S) float32, labels (T,) int64, id; with VGGish
+    its patches (T, 96, 64) too. For a clip that cannot be read it is the `media.MediaError` instead, which
+    `tasks.collate` sets aside.
 
     Raises: FileNotFoundError or ValueError naming the file, what was expected and what came.
     """
@@ -280,13 +293,15 @@ class Dataset(torch.utils.data.Dataset):
         except MediaError as error:
             return error
         labels = segment_labels(row, self.config.classes, self.config.frames)
-        return {"audio": clip.audio, "video": clip.video, "labels": labels, "id": row.video_id}
+        item = {"audio": clip.audio, "video": clip.video, "labels": labels, "id": row.video_id}
+        return item | ({} if clip.patches is None else {"patches": clip.patches})
 
     def _load(self, video_id: str) -> Clip:
         if self._cache and video_id in self._cache:
             return self._cache[video_id]
         path = self._media.get(video_id, self.root / "AVE" / f"{video_id}.mp4")
-        clip = _load_media(path, **_media_options(self.config), antialias=self.antialias)
+        options = _media_options(self.config) | {"patches": self.config.head.vggish}
+        clip = _load_media(path, **options, antialias=self.antialias)
         for message in clip.warnings:
             warnings.warn(message, stacklevel=2)
         if self._cache is not None:
