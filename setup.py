@@ -10,7 +10,14 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.14",
-    packages=["lavish_fast", "lavish_fast.backbones", "lavish_fast.tasks", "lavish_fast.kernels"],
+    packages=[
+        "lavish_fast",
+        "lavish_fast.backbones",
+        "lavish_fast.demos",
+        "lavish_fast.kernels",
+        "lavish_fast.synthetic",
+        "lavish_fast.tasks",
+    ],
     package_dir={"lavish_fast.kernels": "kernels"},
     package_data={"lavish_fast": ["data/*"]},
     install_requires=[

@@ -7,20 +7,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from lavish_fast import Model, checkpoint, demo, pretrain, synthetic
+from lavish_fast import Model, checkpoint, demos, pretrain, synthetic
 from lavish_fast.config import TrainConfig
+from lavish_fast.demos import ave
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(demo, "CLIPS", {"train": 8, "val": 8, "test": 8})
-    monkeypatch.setattr(demo, "TRAIN", TrainConfig(batch_size=8, epochs=1, lr=1e-3, head_lr=1e-3, workers=0))
+    monkeypatch.setattr(ave, "CLIPS", {"train": 8, "val": 8, "test": 8})
+    monkeypatch.setattr(ave, "TRAIN", TrainConfig(batch_size=8, epochs=1, lr=1e-3, head_lr=1e-3, workers=0))
 
 
 def test_the_demo_leaves_what_it_promises(small, tmp_path):
     out = tmp_path / "demo"
     console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
-    demo.run(out, seed=1, console=console)
+    demos.run("ave", out, seed=1, console=console)
     text = console.export_text()
     summary = json.loads((out / "summary.json").read_text())
     for modality in ("audio+video", "video", "audio"):
@@ -36,7 +37,7 @@ def test_the_demo_leaves_what_it_promises(small, tmp_path):
     assert len(list((out / "data" / "videos").glob("*.mp4"))) == 24
 
     first = {modality: summary[modality]["accuracy"] for modality in ("audio+video", "video", "audio")}
-    demo.run(out, seed=1, console=Console(quiet=True))
+    demos.run("ave", out, seed=1, console=Console(quiet=True))
     again = json.loads((out / "summary.json").read_text())
     assert first == {modality: again[modality]["accuracy"] for modality in first}, "the same for a seed"
 
@@ -45,14 +46,14 @@ def test_the_demo_does_not_touch_other_folders(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").write_text("dear")
     with pytest.raises(ValueError, match="expected no such folder, or an earlier demo's, got one with other files"):
-        demo.run(tmp_path, seed=0, console=Console(quiet=True))
+        demos.run("ave", tmp_path, seed=0, console=Console(quiet=True))
     assert (tmp_path / "runs" / "mine").read_text() == "dear"
 
 
 def test_the_shipped_backbone_knows_shapes():
-    tensors = checkpoint.backbone_tensors(demo.CONFIG.backbone_weights)
+    tensors = checkpoint.backbone_tensors(ave.CONFIG.backbone_weights)
     assert sum(t.numel() * t.element_size() for t in tensors.values()) < 3e6
-    model = Model(demo.CONFIG).load_backbone().eval()
+    model = Model(ave.CONFIG).load_backbone().eval()
     images, shapes, _ = pretrain.batch(seed=7, step=0, count=384, size=64)
     with torch.no_grad():
         features = model.backbone(images)
@@ -77,7 +78,7 @@ def test_pretraining_pictures():
 
 
 def test_pretraining_takes_steps():
-    backbone, accuracy = pretrain.pretrain(demo.CONFIG, steps=2, batch_size=4)
+    backbone, accuracy = pretrain.pretrain(ave.CONFIG, steps=2, batch_size=4)
     assert 0 <= accuracy <= 1
     # In the first step norms of zero hide the blocks' weights; in the second every parameter has a gradient.
     still = {name for name, weight in backbone.named_parameters() if weight.grad is None or not weight.grad.any()}
