@@ -47,10 +47,10 @@ def random_image(
 
     diameters: the least and the greatest, as fractions of the picture's side.
     """
-    background = _random_background(rng, size)
+    background = random_background(rng, size)
     if index is None:
         return background
-    look = _random_look(rng, background, diameters)
+    look = random_look(rng, background, diameters)
     return render_frame(background, index, *look.pose(0.0), size=look.size, colour=look.colour)
 
 
@@ -82,14 +82,27 @@ def render_frame(
     box = frame[low_y:high_y, low_x:high_x]
     columns = (low_x + np.arange(box.shape[1], dtype=np.float32) + 0.5 - x * side) / radius
     rows = (low_y + np.arange(box.shape[0], dtype=np.float32)[:, None] + 0.5 - y * side) / radius
+    cover = _coverage(index, columns, rows, angle, radius)[..., None]
+    shade = 1 - 0.12 * (columns + rows)[..., None]
+    box[:] = np.clip(box + cover * (np.asarray(colour, dtype=np.float32) * shade - box), 0, 255)
+    return frame
+
+
+def render_mask(side: int, index: int, x: float, y: float, angle: float, *, size: float) -> np.ndarray:
+    """The pixels of a square picture that `render_frame` would draw on: (side, side) bool, for its arguments."""
+    centres = np.arange(side, dtype=np.float32) + 0.5
+    radius = 0.5 * size * side
+    columns, rows = (centres - x * side) / radius, (centres[:, None] - y * side) / radius
+    return _coverage(index, columns, rows, angle, radius) > 0.5
+
+
+def _coverage(index: int, columns: np.ndarray, rows: np.ndarray, angle: float, radius: float) -> np.ndarray:
+    """How much of each pixel a shape covers, 0 to 1: columns (W,) and rows (H, 1) in radii from its centre."""
     cos, sin = math.cos(angle), math.sin(angle)
     u = cos * columns + sin * rows
     v = cos * rows - sin * columns
     # The signed distance in pixels gives each pixel's coverage, and with it smooth edges.
-    cover = np.clip(0.5 - radius * _DISTANCES[SHAPES[index]](u, v), 0, 1)[..., None]
-    shade = 1 - 0.12 * (columns + rows)[..., None]
-    box[:] = np.clip(box + cover * (np.asarray(colour, dtype=np.float32) * shade - box), 0, 255)
-    return frame
+    return np.clip(0.5 - radius * _DISTANCES[SHAPES[index]](u, v), 0, 1)
 
 
 def _polygon(u: np.ndarray, v: np.ndarray, sides: int, inner: float) -> np.ndarray:
@@ -125,8 +138,8 @@ _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 @dataclass(frozen=True)
-class _Look:
-    """An object's looks and its path, a Lissajous curve."""
+class Look:
+    """An object's looks, and its path, a Lissajous curve; in units of the frame's side, and seconds."""
 
     size: float
     colour: np.ndarray
@@ -143,12 +156,21 @@ class _Look:
         return float(x), float(y), self.angle + self.spin * t
 
 
-def _random_look(
-    rng: np.random.Generator, background: np.ndarray, diameters: tuple[float, float] = _DIAMETERS
-) -> _Look:
+def random_look(
+    rng: np.random.Generator,
+    background: np.ndarray,
+    diameters: tuple[float, float] = _DIAMETERS,
+    *,
+    middle: tuple[float, float] = (0.5, 0.5),
+    extent: tuple[float, float] = (1.0, 1.0),
+) -> Look:
+    """An object that moves within a part of the frame, of a colour that stands out from the background.
+
+    middle, extent: of that part, x and y, in units of the frame's side.
+    """
     size = rng.uniform(*diameters)
-    # The object stays whole inside the frame.
-    room = 0.5 - 0.52 * size
+    # The object stays whole inside.
+    room = 0.5 * np.asarray(extent) - 0.52 * size
     swing = rng.uniform(0.2, 1.0, 2) * room
     mean = background.mean(axis=(0, 1))
     while True:
@@ -156,10 +178,10 @@ def _random_look(
         contrast = np.abs(colour - mean)
         if contrast.max() > 90 and contrast.mean() > 56:
             break
-    return _Look(
+    return Look(
         size=size,
         colour=colour,
-        centre=0.5 + rng.uniform(-1, 1, 2) * (room - swing),
+        centre=middle + rng.uniform(-1, 1, 2) * (room - swing),
         swing=swing,
         rate=rng.uniform(0.05, 0.3, 2),
         phase=rng.uniform(0, 2 * np.pi, 2),
@@ -168,7 +190,8 @@ def _random_look(
     )
 
 
-def _random_background(rng: np.random.Generator, size: int) -> np.ndarray:
+def random_background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """(size, size, 3) uint8."""
     base = rng.uniform(0.15, 0.85)
     # A gradient between four muted corners, then the same at finer and finer grids: noise that looks like a texture.
     picture = base + _upsample(rng.uniform(-0.15, 0.15, (2, 2, 3)), size)
@@ -189,9 +212,9 @@ def _upsample(grid: np.ndarray, size: int) -> np.ndarray:
 def frames(rng: np.random.Generator, seen: tuple[str | None, ...]) -> Iterator[np.ndarray]:
     """(SIZE, SIZE, 3) uint8 for each frame of a clip: of each second the category that is seen, or None."""
     margin = SIZE // 4
-    scene = _random_background(rng, SIZE + margin)
+    scene = random_background(rng, SIZE + margin)
     pan = rng.uniform(0, margin, (2, 2))
-    looks = [(category, seconds, _random_look(rng, scene)) for category, seconds in runs(seen)]
+    looks = [(category, seconds, random_look(rng, scene)) for category, seconds in runs(seen)]
     for category, seconds, look in looks:
         for i in range(seconds.start * FPS, seconds.stop * FPS):
             t = i / FPS
