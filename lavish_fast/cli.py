@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from lavish_fast.commands import answer, classify, info, localize, prepare, segment, sweep, terminal, train
+from lavish_fast.commands.options import Task
 from lavish_fast.commands.terminal import console as _console
 
 app = typer.Typer(
@@ -65,15 +66,19 @@ def _options(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for clips, models and report.html.")] = Path(
-        "demo"
-    ),
+    task: Task = "ave",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Folder for clips, models and report.html.", show_default="demo, or demo-TASK"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the clips and of the training.")] = 0,
 ) -> None:
-    """Learn small audio-visual events on this machine in minutes, and report how well."""
-    from lavish_fast import demo
+    """Learn a task from small generated clips on this machine in minutes, and report how well."""
+    from lavish_fast import demos
 
-    demo.run(out, seed=seed, console=_console())
+    demos.run(task, out or Path("demo" if task == "ave" else f"demo-{task}"), seed=seed, console=_console())
 
 
 for _command in (

@@ -252,12 +252,13 @@ class AVEConfig:
 
 @dataclass(frozen=True)
 class AVSConfig:
-    """Segmentation: channels of the decoder, the stages (from 0) in which sound and picture meet by TPAVI, and the
-    side of frames and masks."""
+    """Segmentation: channels of the decoder, the stages (from 0) in which sound and picture meet by TPAVI, the side of
+    frames and masks, and hidden, the channels between the decoder's map and the mask."""
 
     channels: int = 256
     tpavi_stages: tuple[int, ...] = (0, 1, 2, 3)
     size: int = 224
+    hidden: int = 128
 
 
 @dataclass(frozen=True)
@@ -329,10 +330,13 @@ class Config:
         if self.frames < 1:
             raise ValueError(f"frames: expected at least 1, got {self.frames}")
         if self.task == "avs":
-            if len(self.backbone.stages) != 4:
-                raise ValueError(f"backbone: expected one of four stages for avs, got {len(self.backbone.stages)}")
-            if not set(self.head.tpavi_stages) <= set(range(4)):
-                raise ValueError(f"head.tpavi_stages: expected stages from 0 to 3, got {self.head.tpavi_stages}")
+            stages = len(self.backbone.stages)
+            if not 2 <= stages <= 4:
+                raise ValueError(f"backbone: expected one of two to four stages for avs, got {stages}")
+            if not set(self.head.tpavi_stages) <= set(range(stages)):
+                raise ValueError(
+                    f"head.tpavi_stages: expected stages from 0 to {stages - 1}, got {self.head.tpavi_stages}"
+                )
         a = self.adapter
         for name in ("latents", "reduction", "groups"):
             if getattr(a, name) < 1:

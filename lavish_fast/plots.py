@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lavish_fast import checkpoint, media
@@ -77,11 +78,11 @@ def timeline(
     thumbnails = min(segments, _MAX_THUMBNAILS)
     strip = min(_INNER / thumbnails, _MAX_THUMBNAIL)
     rows = -(-(len(shown) + 1) // _COLUMNS)
-    heights = {"frames": strip, "sound": 1.35, "axis": 0.2, "p": 1.35, "space": 0.0}
+    heights = {"title": 0.35, "frames": strip, "sound": 1.35, "axis": 0.2, "p": 1.35, "space": 0.0}
     heights |= dict.fromkeys(tracks, 0.34) | {"last axis": 0.2, "legend": 0.24 * rows}
     figure, axes = _rows(title, heights, ("frames", "sound", "p", *tracks), segments * seconds)
 
-    _draw_frames(axes["frames"], clip.video, thumbnails, strip, seconds)
+    _draw_frames(axes["frames"], media.denormalise(clip.video.cpu()), thumbnails, strip, seconds)
     _draw_sound(axes["sound"], clip.audio, seconds)
     _draw_probabilities(axes["p"], probabilities, [*lines, count - 1], colours, seconds)
     for name, track in tracks.items():
@@ -90,6 +91,56 @@ def timeline(
         _show_seconds(axes[name])
     _draw_legend(figure, [*shown, count - 1], classes, colours, rows)
     return figure
+
+
+def segmentation(
+    clip: media.Clip, masks: Tensor, *, title: str, truth: Tensor | None = None, seconds: float = 1.0
+) -> Figure:
+    """A picture of one clip over time: frames, spectrogram, and the frames under predicted and true masks.
+
+    Args:
+        clip: as `media.load_clip` gives it; T frames (T, 3, S, S).
+        masks: (T, S, S), the predicted ones, not zero in what sounds.
+        truth: (T, S, S), if it is known; each predicted mask then has its IoU beside it.
+        seconds: from a frame to the next.
+
+    Raises: ValueError when the shapes do not agree.
+    """
+    video = media.denormalise(clip.video.cpu())
+    shape = tuple(video.shape[:3])
+    tracks = {"predicted": masks} | ({} if truth is None else {"true": truth})
+    for name, x in zip(("masks", "truth"), tracks.values()):
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name}: expected {shape}, got {tuple(x.shape)}")
+    tracks = {name: x.detach().cpu().bool() for name, x in tracks.items()}
+
+    thumbnails = min(len(video), _MAX_THUMBNAILS)
+    strip = min(_INNER / thumbnails, _MAX_THUMBNAIL)
+    heights = {"title": 0.35, "frames": strip, "sound": 1.0, "axis": 0.2} | dict.fromkeys(tracks, strip) | {"end": 0.0}
+    figure, axes = _rows(title, heights, ("frames", "sound", *tracks), len(video) * seconds)
+    _draw_frames(axes["frames"], video, thumbnails, strip, seconds)
+    _draw_sound(axes["sound"], clip.audio, seconds)
+    _show_seconds(axes["sound"])
+    for name, x in tracks.items():
+        _draw_frames(axes[name], overlay(video, x), thumbnails, strip, seconds)
+        _name_row(axes[name], name)
+    if truth is not None:
+        both, either = ((f(*tracks.values())).sum((1, 2)).float() for f in (torch.logical_and, torch.logical_or))
+        style = {"fontsize": 8.5, "color": "white", "textcoords": "offset points", "parse_math": False}
+        style["bbox"] = {"facecolor": _INK, "edgecolor": "none", "pad": 2.5}
+        for image, iou in zip(axes["predicted"].images, _thumbnails(both / either, thumbnails)):
+            left, _, bottom, _ = image.get_extent()
+            text = "nothing in either" if iou.isnan() else f"IoU {iou:.0%}"
+            axes["predicted"].annotate(text, (left, bottom), (6, 7), **style)
+    return figure
+
+
+def overlay(pictures: Tensor, masks: Tensor) -> Tensor:
+    """Pictures (T, S, S, 3) uint8, pale and grey but for what is in the masks (T, S, S), which is tinted."""
+    grey = pictures.float().mean(-1, keepdim=True).expand(-1, -1, -1, 3)
+    tint = pictures.new_tensor([255, 120, 0]).float()
+    inside = 0.2 * pictures.float() + 0.8 * tint
+    return torch.where(masks[..., None], inside, 0.5 * grey + 110).round().clamp(0, 255).to(torch.uint8)
 
 
 def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str) -> Figure:
@@ -108,7 +159,7 @@ def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str
     columns = min(frames, _MAX_THUMBNAILS)
     lines = -(-frames // columns)
     side = min(_INNER / columns, _MAX_THUMBNAIL)
-    heights = {"frames": lines * (side + 0.2), "sound": 1.35, "area": 0.9, "last axis": 0.3}
+    heights = {"title": 0.35, "frames": lines * (side + 0.2), "sound": 1.35, "area": 0.9, "last axis": 0.3}
     figure, axes = _rows(title, heights, ("frames", "sound", "area"), clip.duration)
 
     pictures = media.denormalise(clip.video.cpu()).numpy()
@@ -131,18 +182,18 @@ def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str
 def marked(picture: np.ndarray, mask: np.ndarray | Image.Image) -> np.ndarray:
     """A picture with a mask on it, coloured and with an outline.
 
-    (H, W, 3) uint8, and (h, w) bool or what `overlay` makes of it -> (H, W, 3) uint8.
+    (H, W, 3) uint8, and (h, w) bool or what `opacity` makes of it -> (H, W, 3) uint8.
     """
     import numpy as np
     from PIL import Image
 
     height, width = picture.shape[:2]
-    opacity = overlay(mask, height, width) if isinstance(mask, np.ndarray) else mask
+    shown = opacity(mask, height, width) if isinstance(mask, np.ndarray) else mask
     colour = Image.new("RGB", (width, height), MARK)
-    return np.asarray(Image.composite(colour, Image.fromarray(picture), opacity))
+    return np.asarray(Image.composite(colour, Image.fromarray(picture), shown))
 
 
-def overlay(mask: np.ndarray, height: int, width: int) -> Image.Image:
+def opacity(mask: np.ndarray, height: int, width: int) -> Image.Image:
     """The opacity of a mask (h, w), bool, on a picture of another size."""
     import numpy as np
     from PIL import Image, ImageChops, ImageFilter
@@ -170,9 +221,21 @@ def choice(
     """
     thumbnails = min(len(clip.video), _MAX_THUMBNAILS)
     strip = min(_INNER / thumbnails, _MAX_THUMBNAIL)
-    heights = {"frames": strip, "sound": 1.35, "axis": 0.2, what: 0.32 * len(best), "space": 0.05}
-    figure, axes = _rows(title, heights, ("frames", "sound", what), clip.duration, below)
-    _draw_frames(axes["frames"], clip.video, thumbnails, strip, clip.duration / len(clip.video))
+    heights = {
+        "title": 0.35 if below is None else 0.6,
+        "frames": strip,
+        "sound": 1.35,
+        "axis": 0.2,
+        what: 0.32 * len(best),
+        "space": 0.05,
+    }
+    figure, axes = _rows(title, heights, ("frames", "sound", what), clip.duration)
+    if below is not None:
+        high = figure.get_figheight()
+        figure.text(_LEFT / _WIDTH, 1 - 0.57 / high, below, fontsize=9, color=_MUTED, parse_math=False)
+    _draw_frames(
+        axes["frames"], media.denormalise(clip.video.cpu()), thumbnails, strip, clip.duration / len(clip.video)
+    )
     _draw_sound(axes["sound"], clip.audio, clip.duration / len(clip.audio))
     _show_seconds(axes["sound"])
     _draw_bars(axes[what], best)
@@ -297,33 +360,26 @@ def _title_panel(axes: Axes, title: str, x: str) -> None:
     axes.spines["bottom"].set_color(_BACKGROUND)
 
 
-# The rows of a clip's picture
+# The rows of a picture over time
 
 
 def _rows(
-    title: str, heights: Mapping[str, float], names: Iterable[str], span: float, below: str | None = None
+    title: str, heights: Mapping[str, float], drawn: Iterable[str], span: float
 ) -> tuple[Figure, dict[str, Axes]]:
-    """An empty picture with a title and axes one below the other, by name.
-
-    heights: of each row in inches; those that are not among `names` are left empty. span: seconds from left to right.
-    below: a line below the title.
-    """
+    """A figure of rows with their heights in inches, and the axes of those that are drawn, `span` seconds wide."""
     from matplotlib.figure import Figure
 
-    heights = {"title": 0.35 if below is None else 0.6} | dict(heights)
     height = sum(heights.values()) + _GAP * len(heights)
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
     axes, top = {}, height
     for name, tall in heights.items():
         top -= tall + _GAP
-        if name in names:
+        if name in drawn:
             box = (_LEFT / _WIDTH, top / height, _INNER / _WIDTH, tall / height)
             axes[name] = figure.add_axes(box, xlim=(0, span))
             _plain(axes[name])
     style = {"fontsize": 12, "fontweight": "bold", "color": _INK, "parse_math": False}
     figure.text(_LEFT / _WIDTH, 1 - 0.32 / height, title, **style)
-    if below is not None:
-        figure.text(_LEFT / _WIDTH, 1 - 0.57 / height, below, fontsize=9, color=_MUTED, parse_math=False)
     return figure, axes
 
 
@@ -345,16 +401,17 @@ def _name_row(axes: Axes, name: str) -> None:
     axes.set_ylabel(name, fontsize=9, color=_INK, rotation=0, ha="right", va="center", labelpad=8)
 
 
-def _draw_frames(axes: Axes, video: Tensor, thumbnails: int, side: float, seconds: float) -> None:
-    """Each picture stands over the middle of the stretch of time it stands for."""
-    import numpy as np
+def _thumbnails(x: Tensor, count: int) -> Tensor:
+    """Those of T entries that stand for `count` equal stretches of time."""
+    return x[((torch.arange(count, dtype=torch.float64) + 0.5) / count * len(x)).long()]
 
-    span = len(video) * seconds
-    inch = span / _INNER
-    middles = (np.arange(thumbnails) + 0.5) / thumbnails
-    pictures = media.denormalise(video[(middles * len(video)).astype(int)].cpu()).numpy()
-    half = 0.5 * (side - 0.04) * inch
-    for middle, picture in zip(middles * span, pictures):
+
+def _draw_frames(axes: Axes, pictures: Tensor, thumbnails: int, side: float, seconds: float) -> None:
+    """Pictures (T, S, S, 3) uint8, each over the middle of the stretch of time it stands for."""
+    span = len(pictures) * seconds
+    half = 0.5 * (side - 0.04) * span / _INNER
+    for i, picture in enumerate(_thumbnails(pictures, thumbnails).numpy()):
+        middle = (i + 0.5) / thumbnails * span
         axes.imshow(picture, extent=(middle - half, middle + half, 0, 1), aspect="auto", interpolation="antialiased")
     axes.set(xlim=(0, span), ylim=(0, 1))
     _name_row(axes, "frames")

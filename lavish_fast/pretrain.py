@@ -119,7 +119,7 @@ def pretrain(config: Config, *, steps: int, batch_size: int = 64, seed: int = 0)
 
 def main() -> None:
     """Pretrains the demo's backbone and writes it in float16."""
-    from lavish_fast.demo import CONFIG
+    from lavish_fast.demos.ave import CONFIG
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="the .safetensors file to write")

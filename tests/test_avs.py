@@ -22,9 +22,10 @@ CHANNELS = 6
 BFLOAT16 = 2e-2  # twice what ours loses on its logits; what the released network does is not known
 
 
-def make_config(**changes):
-    """Four stages on 64 x 64 pixels, frames and masks of 32 x 32, three frames a clip."""
-    backbone = SwinV2Config(img_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=4)
+def make_config(levels=4, **changes):
+    """Four stages, or fewer, on 64 x 64 pixels, frames and masks of 32 x 32, three frames a clip."""
+    ones, zeros = (1,) * levels, (0,) * levels
+    backbone = SwinV2Config(64, embed_dim=8, depths=ones, num_heads=ones, window_size=4, pretrained_window_sizes=zeros)
     values = {
         "backbone": backbone,
         "task": "avs",
@@ -88,7 +89,7 @@ def test_golden_names_go_back():
 
 @pytest.mark.parametrize("stages", [(0, 1, 2, 3), (1, 3), ()])
 def test_released_weights_say_what_the_options_do_not(stages):
-    model = randomise(Model(make_config(head=AVSConfig(CHANNELS, stages, 32))))
+    model = randomise(Model(make_config(head=AVSConfig(CHANNELS, stages, 32, hidden=8))))
     released = checkpoint.to_official(model.state_dict(), "swinv2", avs.HEAD_NAMES)
     assert released["conv1.conv2d_list.3.weight"].shape == (CHANNELS, 64, 3, 3)
     assert [i for i in range(4) if f"tpavi_b{i + 1}.W_z.1.running_var" in released] == list(stages)
@@ -153,8 +154,9 @@ def test_tpavi_takes_memory_for_the_map_alone():
 def plain_head(head, encoded, stages, stream):
     """The released decoder in its own order, with the ReLU in place that changes the maps it returns."""
     relu = torch.nn.ReLU(inplace=True)
-    maps, sounds = [], [None] * 4
-    for i, size in enumerate((8, 4, 2, 1)):
+    levels = len(encoded.stages)
+    maps, sounds = [], [None] * levels
+    for i, size in enumerate((8, 4, 2, 1)[:levels]):
         x = F.linear(encoded.stages[i][stream], head.linears[i].weight, head.linears[i].bias)
         side = math.isqrt(x.shape[1])
         x = x.reshape(-1, side, side, x.shape[2]).permute(0, 3, 1, 2)
@@ -176,8 +178,8 @@ def plain_head(head, encoded, stages, stream):
         out = first if second is None else first + unit(module.skip, second)
         return F.interpolate(unit(module.refine, out), scale_factor=2, mode="bilinear", align_corners=True)
 
-    out = fuse(head.fusion[3], maps[3])
-    for i in (2, 1, 0):
+    out = fuse(head.fusion[-1], maps[-1])
+    for i in reversed(range(levels - 1)):
         out = fuse(head.fusion[i], out, maps[i])
     first, _, second, _, third = head.output
     out = F.interpolate(F.conv2d(out, first.weight, first.bias, padding=1), scale_factor=2, mode="bilinear")
@@ -188,11 +190,13 @@ def plain_head(head, encoded, stages, stream):
 VARIANTS = [("audio+video", (0, 1, 2, 3)), ("audio+video", (1, 3)), ("audio+video", ()), ("video", ()), ("audio", ())]
 
 
+@pytest.mark.parametrize("levels", [4, 3, 2])
 @pytest.mark.parametrize(("modality", "stages"), VARIANTS)
-def test_head_is_the_released_decoder(modality, stages):
+def test_head_is_the_released_decoder(modality, stages, levels):
+    stages = tuple(i for i in stages if i < levels)
     # A model of one stream has no TPAVI, whatever the configuration says.
-    asked = stages if modality == "audio+video" else (0, 1, 2, 3)
-    config = make_config(modality=modality, head=AVSConfig(CHANNELS, asked, 32))
+    asked = stages if modality == "audio+video" else tuple(range(levels))
+    config = make_config(levels, modality=modality, head=AVSConfig(CHANNELS, asked, 32))
     head, encoded = make_head(config), make_encoded(config, 2)
     assert [int(i) for i in head.tpavi] == list(stages)
     assert (head.audio is None) == (modality != "audio+video")
@@ -201,7 +205,8 @@ def test_head_is_the_released_decoder(modality, stages):
         logits, maps, sounds = head(encoded)
     torch.testing.assert_close(logits, expected[0])
     assert logits.shape == (6, 1, 32, 32)
-    for i in range(4):
+    assert len(maps) == len(sounds) == levels
+    for i in range(levels):
         torch.testing.assert_close(maps[i], expected[1][i])
         assert 0 == maps[i].min() < maps[i].max()
         assert (sounds[i] is None) == (i not in stages)
@@ -267,8 +272,18 @@ def test_no_clips_give_no_masks():
 def test_sizes_that_the_stages_do_not_halve_are_refused():
     with pytest.raises(ValueError, match=r"head\.size: expected a multiple of 32 pixels, got 48"):
         avs.Head(make_config(head=AVSConfig(CHANNELS, size=48)))
+    assert avs.Head(make_config(3, head=AVSConfig(CHANNELS, (0, 1, 2), size=48))).size == 48
     with pytest.raises(ValueError, match=r"head\.channels: expected an even number, got 5"):
         avs.Head(make_config(head=AVSConfig(5, size=32)))
+    with pytest.raises(ValueError, match=r"head\.hidden: expected a multiple of 4, got 6"):
+        avs.Head(make_config(head=AVSConfig(CHANNELS, size=32, hidden=6)))
+
+
+def test_backbones_without_a_pyramid_are_refused():
+    with pytest.raises(ValueError, match="backbone: expected one of two to four stages for avs, got 1"):
+        make_config(1)
+    with pytest.raises(ValueError, match=r"head\.tpavi_stages: expected stages from 0 to 2, got \(1, 3\)"):
+        make_config(3, head=AVSConfig(CHANNELS, (1, 3), 32))
 
 
 def make_inputs(clips=2, frames=3, side=32, seed=0):

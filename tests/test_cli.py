@@ -268,7 +268,7 @@ def test_whatever_fails_is_one_line(run, monkeypatch, error, code, line):
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(lavish_fast, "demo", SimpleNamespace(run=fail), raising=False)
+    monkeypatch.setattr(lavish_fast, "demos", SimpleNamespace(run=fail), raising=False)
     result = run("demo")
     assert (result.code, result.out) == (code, "")
     assert result.err.strip() == f"lavish-fast: {' '.join(line.split())}"
@@ -283,14 +283,14 @@ def test_whatever_fails_is_one_line(run, monkeypatch, error, code, line):
 def test_demo_is_handed_its_options(run, monkeypatch):
     calls = []
 
-    def fake(out, *, seed, console):
-        calls.append((out, seed))
+    def fake(task, out, *, seed, console):
+        calls.append((task, out, seed))
         console.print("done")
 
-    monkeypatch.setattr(lavish_fast, "demo", SimpleNamespace(run=fake), raising=False)
+    monkeypatch.setattr(lavish_fast, "demos", SimpleNamespace(run=fake), raising=False)
     assert run("demo").out == "done\n"
-    assert run("demo", "--out", "x", "--seed", 3).code == 0
-    assert calls == [(Path("demo"), 0), (Path("x"), 3)]
+    assert run("demo", "avs").code == run("demo", "avs", "--out", "x", "--seed", 3).code == 0
+    assert calls == [("ave", Path("demo"), 0), ("avs", Path("demo-avs"), 0), ("avs", Path("x"), 3)]
 
 
 @pytest.fixture

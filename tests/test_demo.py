@@ -1,58 +1,78 @@
-"""The demo on a handful of clips, and the backbone that it ships. CI runs the real one and checks its numbers."""
+"""The demos on a handful of clips, and the backbone that they share. CI runs a real one and checks its numbers."""
 
+import dataclasses
+import html
 import json
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
-from lavish_fast import Model, checkpoint, demo, pretrain, synthetic
-from lavish_fast.config import TrainConfig
+from lavish_fast import Model, checkpoint, demos, pretrain, synthetic, tasks
+from lavish_fast.config import MODALITIES
+from lavish_fast.demos import ave, avs
+
+SHARES = {"perfect_senses", "chance"}
 
 
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(demo, "CLIPS", {"train": 8, "val": 8, "test": 8})
-    monkeypatch.setattr(demo, "TRAIN", TrainConfig(batch_size=8, epochs=1, lr=1e-3, head_lr=1e-3, workers=0))
+@pytest.fixture(params=["ave", "avs"])
+def small(request, monkeypatch):
+    """A task whose demo is a handful of clips."""
+    demo = demos.load(request.param)
+    monkeypatch.setattr(demo, "CLIPS", {"train": 4, "val": 2, "test": 3})
+    monkeypatch.setattr(demo, "TRAIN", dataclasses.replace(demo.TRAIN, batch_size=4, epochs=1))
+    return request.param
 
 
 def test_the_demo_leaves_what_it_promises(small, tmp_path):
-    out = tmp_path / "demo"
+    out, demo = tmp_path / "demo", demos.load(small)
     console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
-    demo.run(out, seed=1, console=console)
+    demos.run(small, out, seed=1, console=console)
     text = console.export_text()
     summary = json.loads((out / "summary.json").read_text())
-    for modality in ("audio+video", "video", "audio"):
+    for modality in MODALITIES:
         model = Model.from_pretrained(out / "runs" / modality / "best")
-        assert model.config.modality == modality
-        parameters = sum(p.numel() for _, p in model.trainable_parameters())
-        assert summary[modality]["trainable_parameters"] == parameters
-        assert f"{parameters:,}" in text
-        assert f"{summary[modality]['accuracy']:.1%}" in text
+        assert (model.config.task, model.config.modality) == (small, modality)
+        numbers = summary[modality]
+        assert numbers["trainable_parameters"] == sum(p.numel() for _, p in model.trainable_parameters())
+        for shown in (f"{numbers['trainable_parameters']:,}", *(f"{numbers[k]:.1%}" for k in SHARES | {demo.SCORE})):
+            assert shown in text
+        assert 0 < numbers["chance"] <= numbers["perfect_senses"]
     assert summary["audio+video"]["perfect_senses"] == 1
     page = (out / "report.html").read_text()
-    assert page.count("<img") == 1 + 8, "the curves, and a picture for each clip"
-    assert len(list((out / "data" / "videos").glob("*.mp4"))) == 24
+    assert page.count("<img") == 1 + 3, "the curves, and a picture for each clip"
+    assert demo.TITLE in page
+    assert all(html.escape(note) in page for note in demo.NOTES)
+    config = tasks.load(small).settle(demo.CONFIG, out / "data")
+    assert tasks.load(small).verify(out / "data", config, decode=True, workers=1).ok
 
-    first = {modality: summary[modality]["accuracy"] for modality in ("audio+video", "video", "audio")}
-    demo.run(out, seed=1, console=Console(quiet=True))
-    again = json.loads((out / "summary.json").read_text())
-    assert first == {modality: again[modality]["accuracy"] for modality in first}, "the same for a seed"
+
+def test_the_demo_does_the_same_for_a_seed(monkeypatch, tmp_path):
+    monkeypatch.setattr(avs, "CLIPS", {"train": 2, "val": 1, "test": 1})
+    monkeypatch.setattr(avs, "TRAIN", dataclasses.replace(avs.TRAIN, batch_size=2, epochs=1))
+    runs = []
+    for _ in range(2):  # the second one over the first one's files
+        demos.run("avs", tmp_path, seed=1, console=Console(quiet=True))
+        runs.append(load_file(tmp_path / "runs" / "audio+video" / "last" / "state.safetensors"))
+    assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
 
 
 def test_the_demo_does_not_touch_other_folders(tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "mine").write_text("dear")
-    with pytest.raises(ValueError, match="expected no such folder, or an earlier demo's, got one with other files"):
-        demo.run(tmp_path, seed=0, console=Console(quiet=True))
-    assert (tmp_path / "runs" / "mine").read_text() == "dear"
+    (tmp_path / "data").mkdir()
+    for name in ("dear", synthetic.ave.TRUTH):  # something else's, or another task's demo's
+        (tmp_path / "data" / name).write_text("dear")
+        with pytest.raises(ValueError, match="expected no such folder, or an earlier demo's, got one with other files"):
+            demos.run("avs", tmp_path, seed=0, console=Console(quiet=True))
+        assert [file.read_text() for file in (tmp_path / "data").iterdir()] == ["dear"]
+        (tmp_path / "data" / name).unlink()
 
 
 def test_the_shipped_backbone_knows_shapes():
-    tensors = checkpoint.backbone_tensors(demo.CONFIG.backbone_weights)
+    tensors = checkpoint.backbone_tensors(ave.CONFIG.backbone_weights)
     assert sum(t.numel() * t.element_size() for t in tensors.values()) < 3e6
-    model = Model(demo.CONFIG).load_backbone().eval()
+    model = Model(ave.CONFIG).load_backbone().eval()
     images, shapes, _ = pretrain.batch(seed=7, step=0, count=384, size=64)
     with torch.no_grad():
         features = model.backbone(images)
@@ -77,7 +97,7 @@ def test_pretraining_pictures():
 
 
 def test_pretraining_takes_steps():
-    backbone, accuracy = pretrain.pretrain(demo.CONFIG, steps=2, batch_size=4)
+    backbone, accuracy = pretrain.pretrain(ave.CONFIG, steps=2, batch_size=4)
     assert 0 <= accuracy <= 1
     # In the first step norms of zero hide the blocks' weights; in the second every parameter has a gradient.
     still = {name for name, weight in backbone.named_parameters() if weight.grad is None or not weight.grad.any()}

@@ -147,6 +147,32 @@ def test_shapes_that_disagree_are_refused():
         plots.timeline(make_clip(5), torch.rand(5, 2), "ab", title="x", truth=torch.zeros(4))
 
 
+def test_masks_lie_over_the_frames_they_are_of():
+    clip, truth = make_clip(3, size=8), torch.zeros(3, 8, 8)
+    truth[:2, :4] = 1
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[0, :4, :4] = True
+    figure = plots.segmentation(clip, masks, title="$x$", truth=truth.to(torch.uint8))
+    rows = rows_of(figure)
+    assert list(rows) == ["frames", "sound", "predicted", "true"]
+    assert [text.get_text() for text in rows["predicted"].texts] == ["IoU 50%", "IoU 0%", "nothing in either"]
+    for name, x in (("predicted", masks), ("true", truth.bool())):
+        shown = [np.asarray(image.get_array()) for image in rows[name].images]
+        assert [image.get_extent() for image in rows[name].images] == [i.get_extent() for i in rows["frames"].images]
+        for picture, mask in zip(shown, x.numpy()):
+            assert (np.ptp(picture, axis=-1) > 40).tolist() == mask.tolist(), "coloured inside, grey outside"
+    assert list(rows_of(plots.segmentation(clip, masks, title="x"))) == ["frames", "sound", "predicted"]
+    width, height = figure.canvas.get_width_height()
+    for box in (text.get_window_extent() for text in texts_of(figure)):
+        assert min(box.x0, box.y0) >= 0
+        assert box.x1 <= width
+        assert box.y1 <= height
+    with pytest.raises(ValueError, match=r"masks: expected \(3, 8, 8\), got \(2, 8, 8\)"):
+        plots.segmentation(clip, masks[:2], title="x")
+    with pytest.raises(ValueError, match=r"truth: expected \(3, 8, 8\), got \(3, 4, 8\)"):
+        plots.segmentation(clip, masks, title="x", truth=truth[:, :4])
+
+
 def test_save_writes_a_png_and_nothing_else(tmp_path):
     figure = plots.training_curves({})
     plots.save(figure, tmp_path / "new" / "curves.png")

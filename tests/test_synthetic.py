@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from lavish_fast import synthetic
-from lavish_fast.synthetic import BACKGROUND, CATEGORIES, FPS, SAMPLE_RATE, SECONDS, SPLITS
+from lavish_fast.synthetic import CATEGORIES, FPS, SAMPLE_RATE, ave
+from lavish_fast.synthetic.ave import BACKGROUND, SECONDS, SPLITS
 
 SIZES = {"train": 8, "val": 2, "test": 2}
 
@@ -12,7 +13,7 @@ SIZES = {"train": 8, "val": 2, "test": 2}
 def root(tmp_path_factory):
     calls = []
     folder = tmp_path_factory.mktemp("synthetic") / "new" / "folder"
-    written = synthetic.write_dataset(folder, **SIZES, seed=3, progress=lambda *c: calls.append(c))
+    written = ave.write_dataset(folder, **SIZES, seed=3, progress=lambda *c: calls.append(c))
     assert written == folder
     assert calls == [(i + 1, 12) for i in range(12)]
     return folder
@@ -21,12 +22,12 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def decoded(root):
     """Per clip: the truth, frames (90, H, W, 3) and the wave (samples,)."""
-    return [(clip, *_decode(root, clip)) for split in SPLITS for clip in synthetic.read_clips(root, split)]
+    return [(clip, *_decode(root, clip)) for split in SPLITS for clip in ave.read_clips(root, split)]
 
 
 @pytest.fixture(scope="module")
 def many():
-    return [synthetic.plan_clip(1, i) for i in range(4000)]
+    return [ave.plan_clip(1, i) for i in range(4000)]
 
 
 def _decode(root, clip):
@@ -71,13 +72,13 @@ def test_files_are_h264_and_aac_of_ten_seconds(root):
 
 
 def test_the_bytes_depend_on_the_seed_alone(root, tmp_path):
-    again = synthetic.write_dataset(tmp_path / "again", **SIZES, seed=3, workers=1)
+    again = ave.write_dataset(tmp_path / "again", **SIZES, seed=3, workers=1)
     files = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
     assert len(files) == 12 + 5
     assert [f for f in files if (root / f).read_bytes() != (again / f).read_bytes()] == []
 
-    other = synthetic.write_dataset(tmp_path / "other", train=1, val=0, test=0, seed=4, workers=1)
+    other = ave.write_dataset(tmp_path / "other", train=1, val=0, test=0, seed=4, workers=1)
     first = "videos/clip_0000.mp4"
     assert (other / first).read_bytes() != (root / first).read_bytes()
 
@@ -115,9 +116,9 @@ def test_background_has_every_kind_of_distractor(many):
 
 
 def test_one_modality_is_not_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "_write_clip", lambda job: None)
-    synthetic.write_dataset(tmp_path, train=3200, val=8, test=1600, seed=5, workers=1)
-    accuracies = synthetic.oracle_accuracies(tmp_path, "test")
+    monkeypatch.setattr(ave, "_write_clip", lambda *job: None)
+    ave.write_dataset(tmp_path, train=3200, val=8, test=1600, seed=5, workers=1)
+    accuracies = ave.perfect_senses(tmp_path, "test")
     assert set(accuracies) == {"audio+video", "video", "audio", "chance"}
     assert accuracies["audio+video"] == 1
     assert accuracies["video"] == pytest.approx(0.65, abs=0.015)
@@ -126,10 +127,10 @@ def test_one_modality_is_not_enough(tmp_path, monkeypatch):
 
 
 def test_the_default_data_set_keeps_the_modalities_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "_write_clip", lambda job: None)
-    synthetic.write_dataset(tmp_path, workers=1)
+    monkeypatch.setattr(ave, "_write_clip", lambda *job: None)
+    ave.write_dataset(tmp_path, workers=1)
     for split in SPLITS:
-        accuracies = synthetic.oracle_accuracies(tmp_path, split)
+        accuracies = ave.perfect_senses(tmp_path, split)
         assert accuracies["audio+video"] == 1
         assert 0.6 <= accuracies["video"] <= 0.7
         assert 0.6 <= accuracies["audio"] <= 0.7
@@ -140,7 +141,7 @@ def test_frames_show_what_the_truth_says(decoded):
     # again and compared with the file's frames.
     for number, (clip, frames, _) in enumerate(decoded):
         assert frames.shape == (SECONDS * FPS, 128, 128, 3)
-        empty = np.stack(list(synthetic._frames(synthetic._generator(3, number, "video"), (None,) * SECONDS)))
+        empty = np.stack(list(synthetic.frames(synthetic.generator(3, number, "video"), (None,) * SECONDS)))
         changed = (np.abs(frames.astype(int) - empty).max(axis=3) > 45).mean(axis=(1, 2))
         shown = np.repeat([seen is not None for seen in clip.seen], FPS)
         assert changed[shown].min() > 0.01
@@ -161,8 +162,8 @@ def test_sounds_are_where_the_truth_says(decoded):
 def test_no_audio_window_of_ave_hears_another_second(decoded):
     # linspace(0, len - 17600, 10) starts window k up to 0.1 s before second k.
     for number, (clip, _, wave) in enumerate(decoded):
-        clean = synthetic._waveform(synthetic._generator(3, number, "audio"), clip.heard)
-        noise = synthetic._waveform(synthetic._generator(3, number, "audio"), (None,) * SECONDS)
+        clean = synthetic.waveform(synthetic.generator(3, number, "audio"), clip.heard)
+        noise = synthetic.waveform(synthetic.generator(3, number, "audio"), (None,) * SECONDS)
         sound = clean - noise
         for length in (len(clean), len(wave)):
             for k, start in enumerate(np.linspace(0, length - 17600, SECONDS, dtype=int)):
@@ -175,7 +176,7 @@ def test_no_audio_window_of_ave_hears_another_second(decoded):
 def test_sound_and_picture_are_in_step(decoded):
     # The file's sound against what went into the encoder: AAC's delay must be gone.
     for number, (clip, _, wave) in enumerate(decoded[:4]):
-        clean = synthetic._waveform(synthetic._generator(3, number, "audio"), clip.heard)
+        clean = synthetic.waveform(synthetic.generator(3, number, "audio"), clip.heard)
         size = 1 << 19
         match = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(clean, size).conj(), size)
         lag = int(match.argmax())
@@ -223,10 +224,10 @@ def test_shapes_differ_in_every_orientation():
 )
 def test_wrong_arguments_are_named(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        synthetic.write_dataset(tmp_path / "none", **arguments)
+        ave.write_dataset(tmp_path / "none", **arguments)
     assert not (tmp_path / "none").exists()
 
 
 def test_an_unknown_split_is_named(root):
     with pytest.raises(ValueError, match="split: expected one of train, val, test, got 'dev'"):
-        synthetic.read_clips(root, "dev")
+        ave.read_clips(root, "dev")

@@ -147,15 +147,15 @@ def write_film(
         shown = -1
 
         @lru_cache(maxsize=1)
-        def overlay(index: int, height: int, width: int) -> Any:
-            return plots.overlay(masks[index], height, width)
+        def opacity(index: int, height: int, width: int) -> Any:
+            return plots.opacity(masks[index], height, width)
 
         def take(_: list[int], seconds: float, image: np.ndarray) -> None:
             nonlocal shown
             pts = round(seconds / _TICK)
             if pts <= shown:
                 return
-            image = plots.marked(image, overlay(bisect.bisect(between, seconds), *image.shape[:2]))
+            image = plots.marked(image, opacity(bisect.bisect(between, seconds), *image.shape[:2]))
             # Colours are stored for each four pixels.
             image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")
             if shown < 0:

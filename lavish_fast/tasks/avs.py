@@ -26,8 +26,8 @@ from lavish_fast.tasks.avs_decoder import AUDIO_WIDTH, TPAVI, Dilated, Fusion, O
 from lavish_fast.tasks.avs_metric import Metric as Metric
 from lavish_fast.tasks.avs_metric import by_clip
 
-STAGES = range(4)
 WIDTHS = (64, 128, 320, 512)  # of the stages' maps, those of the PVT that AVSBench's decoder was made for
+STAGES = range(len(WIDTHS))  # of the released network; a backbone may have fewer
 
 HEAD_NAMES = {
     "audio_linear": "audio",
@@ -54,38 +54,39 @@ HEAD_NAMES = {
 
 
 class Head(nn.Module):
-    """AVSBench's decoder on the video's tokens, with the sound by TPAVI.
+    """AVSBench's decoder on the video's tokens, a level for each of the backbone's stages, with the sound by TPAVI.
 
     With the video alone there is no sound to meet. With the sound alone the maps are the spectrogram's own tokens:
     where in the spectrogram, not where in the picture. Both are our reading of the paper's Table 1.
 
-    Raises: ValueError for a size of frames that the stages do not halve, or an odd number of channels.
+    Raises: ValueError for a size of frames that the stages do not halve, or channels that do not divide.
     """
 
     reads_stages = True
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        channels, size = config.head.channels, config.head.size
-        if size < 32 or size % 32:
-            raise ValueError(f"head.size: expected a multiple of 32 pixels, got {size}")
+        channels, size, stages = config.head.channels, config.head.size, len(config.backbone.stages)
+        coarsest = 4 * 2 ** (stages - 1)  # pixels to a token of the last stage
+        if size < coarsest or size % coarsest:
+            raise ValueError(f"head.size: expected a multiple of {coarsest} pixels, got {size}")
         if channels % 2:
             raise ValueError(f"head.channels: expected an even number, got {channels}")
+        if config.head.hidden < 4 or config.head.hidden % 4:
+            raise ValueError(f"head.hidden: expected a multiple of 4, got {config.head.hidden}")
         self.size, self.frames, self.streams = size, config.frames, config.streams
         both = len(config.streams) == 2
-        self.linears = nn.ModuleList(
-            nn.Linear(width, ours) for (_, width), ours in zip(config.backbone.stages, WIDTHS, strict=True)
-        )
-        self.dilated = nn.ModuleList(Dilated(width, channels) for width in WIDTHS)
+        self.linears = nn.ModuleList(nn.Linear(width, ours) for (_, width), ours in zip(config.backbone.stages, WIDTHS))
+        self.dilated = nn.ModuleList(Dilated(width, channels) for width in WIDTHS[:stages])
         self.audio = nn.Linear(config.width, AUDIO_WIDTH) if both else None
         self.tpavi = nn.ModuleDict({str(i): TPAVI(channels) for i in config.head.tpavi_stages if both})
-        self.fusion = nn.ModuleList(Fusion(channels, skip=i < STAGES[-1]) for i in STAGES)
-        self.output = Output(channels)
+        self.fusion = nn.ModuleList(Fusion(channels, skip=i < stages - 1) for i in range(stages))
+        self.output = Output(channels, config.head.hidden)
 
     def forward(self, encoded: Encoded) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
         """Logits (B * T, 1, size, size), and of each stage its map and its sound, as the released network returns them.
 
-        A stage's map is (B * T, channels, s, s), s = size / 4, / 8, / 16, / 32, without negative values; its sound
+        A stage's map is (B * T, channels, s, s), s = size / 4, / 8 ..., without negative values; its sound
         (B, T, channels), or None without TPAVI.
         """
         stream = self.streams.index("video") if "video" in self.streams else 0
@@ -93,16 +94,16 @@ class Head(nn.Module):
             pooled = encoded.pooled[self.streams.index("audio")]
             audio = self.audio(pooled).unflatten(0, (len(pooled) // self.frames, self.frames))
         maps, sounds = [], []
-        for i in STAGES:
-            x, sound = self._map(i, encoded.stages[i][stream]), None
+        for i, tokens in enumerate(encoded.stages):
+            x, sound = self._map(i, tokens[stream]), None
             if str(i) in self.tpavi:
                 x, sound = self.tpavi[str(i)](x, audio)
             # The fusion's first ReLU, in place in the released code: the maps that are returned are changed by it.
             maps.append(F.relu(x))
             sounds.append(sound)
         x = None
-        for i in reversed(STAGES):
-            x = self.fusion[i](maps[i], x)
+        for fusion, own in zip(reversed(self.fusion), reversed(maps)):
+            x = fusion(own, x)
         return self.output(x), maps, sounds
 
     def _map(self, stage: int, tokens: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ def kept(outputs: Tensor | Sequence[Any], clips: int) -> Tensor:
 
 def fitted(config: Config, tensors: Mapping[str, Tensor]) -> Config:
     """The configuration with the decoder's channels and the stages with TPAVI that the tensors are of."""
-    first = tensors.get("head.dilated.0.0.bias")
+    names = {"channels": "head.dilated.0.0.bias", "hidden": "head.output.0.bias"}
+    sizes = {field: len(tensors[name]) for field, name in names.items() if name in tensors}
     stages = tuple(i for i in STAGES if f"head.tpavi.{i}.theta.bias" in tensors)
-    channels = config.head.channels if first is None else len(first)
-    return replace(config, head=replace(config.head, channels=channels, tpavi_stages=stages))
+    return replace(config, head=replace(config.head, **sizes, tpavi_stages=stages))

@@ -106,11 +106,11 @@ class Fusion(nn.Module):
 class Output(nn.Sequential):
     """The finest map to logits, at twice its size: (n, C, H, W) -> (n, 1, 2H, 2W)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, hidden: int) -> None:
         super().__init__(
-            nn.Conv2d(channels, 128, 3, padding=1),
+            nn.Conv2d(channels, hidden, 3, padding=1),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
-            nn.Conv2d(128, 32, 3, padding=1),
+            nn.Conv2d(hidden, hidden // 4, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(32, 1, 1),
+            nn.Conv2d(hidden // 4, 1, 1),
         )

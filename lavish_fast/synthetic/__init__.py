@@ -1,34 +1,16 @@
-"""A small data set in AVE's file format: real mp4 files whose events need both the eye and the ear.
+"""Shapes that move and sounds that go with them: what the demos' clips are drawn and rendered from.
 
-Eight categories, each a shape together with a sound. As in AVE (Tian et al., ECCV 2018) a second is an event only
-while its source is both seen and heard. A clip of 10 seconds has one event [start, end) of its category; around it
-stand blocks of 1-3 seconds that are background but look or sound like events:
-
-    share of the background   seen                      heard
-    0.15                      the category              silence
-    0.15                      nothing                   the category
-    0.05                      nothing                   silence
-    0.65                      the category or another   the other one of the two
-
-Of every eight events seven last 2, 3, ... 8 seconds and one the whole clip: 9/16 of all seconds are events, 7/16
-(43.75 %) background. Whoever sees perfectly but cannot hear is sure only that a second without an object is
-background, and does best to call every object an event (which it is in 62 % of the seconds that show one): that is
-right in 9/16 + 0.2 * 7/16 = 65 % of all seconds. Hearing alone gives the same, both together 100 %.
-`oracle_accuracies` counts these on the files at hand.
-
-The three figures are for whoever meets one second at a time, as LAVISH does on AVE. Nothing in a second tells of its
-neighbours: every sound falls silent at the end of each second, and an object moves the same in and out of events.
+Eight categories, each a shape together with a sound. Nothing in a second tells of its neighbours: every sound falls
+silent at the end of each second.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
@@ -38,10 +20,7 @@ import numpy as np
 
 CATEGORIES = ("Bell", "Siren", "Drum", "Engine", "Bird", "Whistle", "Clock", "Rain")
 SHAPES = ("triangle", "cross", "disc", "square", "star", "crescent", "ring", "bars")  # in the order of CATEGORIES
-BACKGROUND = "background"
-SPLITS = ("train", "val", "test")
 
-SECONDS = 10
 SIZE = 128
 # A multiple of 3: the 3 frames per second that AVE's protocol extracts are then frames of the file.
 FPS = 9
@@ -49,159 +28,10 @@ SAMPLE_RATE = 16000
 
 _DIAMETERS = (0.52, 0.62)  # of the objects in clips, as fractions of the frame's side
 
-_LENGTHS = (2, 3, 4, 5, 6, 7, 8, SECONDS)  # as many as CATEGORIES
-
 # AVE's audio windows begin up to 0.1 s early (linspace(0, len - 17600, 10)): with this much quiet at the end of
 # each second, no window hears the second before its own, or could tell that a sound begins or ends there.
 _QUIET_SECONDS = 0.12
 _FADE_SECONDS = 0.02
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One clip's truth. seen, heard: a category or None for each second; the event is [start, end) in seconds."""
-
-    id: str
-    category: str
-    start: int
-    end: int
-    seen: tuple[str | None, ...]
-    heard: tuple[str | None, ...]
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The label of each second, as AVE's annotation gives it."""
-        return tuple(self.category if self.start <= k < self.end else BACKGROUND for k in range(SECONDS))
-
-    @property
-    def row(self) -> str:
-        """The row of Annotations.txt."""
-        return f"{self.category}&{self.id}&good&{self.start}&{self.end}"
-
-
-def plan_clip(seed: int, index: int) -> Clip:
-    """The truth of clip number `index` (see the module's docstring), a function of the two numbers alone.
-
-    Every eight clips from a multiple of eight on have the eight categories and the eight lengths once each.
-    """
-    count = len(CATEGORIES)
-    group, place = divmod(index, count)
-    deck = _generator(seed, group, "deck")
-    category = int(deck.permutation(count)[place])
-    length = int(deck.permutation(_LENGTHS)[place])
-    rng = _generator(seed, index, "plan")
-    start = int(rng.integers(0, SECONDS - length + 1))
-    end = start + length
-    seen: list[int | None] = [category] * SECONDS
-    heard: list[int | None] = [category] * SECONDS
-    for first, last in ((0, start), (end, SECONDS)):
-        while first < last:
-            stop = min(last, first + int(rng.integers(1, 4)))
-            other = (category + int(rng.integers(1, count))) % count
-            states = ((category, None), (None, category), (None, None), (category, other), (other, category))
-            state = states[rng.choice(5, p=(0.15, 0.15, 0.05, 0.325, 0.325))]
-            for k in range(first, stop):
-                seen[k], heard[k] = state
-            first = stop
-
-    names = (*CATEGORIES, None)
-    tracks = (tuple(names[-1 if c is None else c] for c in track) for track in (seen, heard))
-    return Clip(f"clip_{index:04d}", CATEGORIES[category], start, end, *tracks)
-
-
-def write_dataset(
-    root: str | Path,
-    *,
-    train: int = 128,
-    val: int = 32,
-    test: int = 40,
-    seed: int = 0,
-    workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Write the data set, deterministically: the same bytes for a seed, whatever the number of workers.
-
-    Args:
-        root: the folder, made if it is missing; files of the same names are replaced. It receives
-            videos/{id}.mp4 (h264, 9 frames per second of 128x128 pixels, AAC, mono, 16 kHz, 10 seconds),
-            {train,val,test}Set.txt and Annotations.txt (rows `Category&VideoID&good&start&end`, end exclusive),
-            and synthetic.jsonl (a `Clip` a line: what is seen and what is heard in each second).
-        train, val, test: clips of each split; categories are balanced where these are multiples of 8.
-        workers: processes that render. 1 renders in this one; more are spawned, so a script that
-            asks for them needs its `if __name__ == "__main__"`.
-        progress: called as progress(clips written, clips in all) after each clip.
-
-    Returns: root. Raises: ValueError for a negative count or seed, no clip at all, or no worker.
-    """
-    sizes = {"train": train, "val": val, "test": test}
-    for name, value in {**sizes, "seed": seed}.items():
-        if value < 0:
-            raise ValueError(f"{name}: expected at least 0, got {value}")
-    if workers < 1:
-        raise ValueError(f"workers: expected at least 1, got {workers}")
-    total = sum(sizes.values())
-    if not total:
-        raise ValueError("train, val, test: expected at least one clip, got none")
-
-    root = Path(root)
-    videos = root / "videos"
-    videos.mkdir(parents=True, exist_ok=True)
-    # The index is written last: where it stands, the videos that it names are complete.
-    index_file = root / "Annotations.txt"
-    index_file.unlink(missing_ok=True)
-    for done, _ in enumerate(_write_all(videos, seed, total, workers), start=1):
-        if progress:
-            progress(done, total)
-
-    clips = [plan_clip(seed, index) for index in range(total)]
-    rest = iter(clips)
-    for split, size in sizes.items():
-        _write_lines(_split_file(root, split), (next(rest).row for _ in range(size)))
-    _write_lines(root / "synthetic.jsonl", (json.dumps(asdict(clip)) for clip in clips))
-    _write_lines(index_file, (clip.row for clip in clips))
-    return root
-
-
-def read_clips(root: str | Path, split: str) -> list[Clip]:
-    """The truth of a split's clips, in the split's order. Raises: ValueError for an unknown split."""
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    root = Path(root)
-    clips = {}
-    for line in (root / "synthetic.jsonl").read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        clips[values["id"]] = Clip(**values | {name: tuple(values[name]) for name in ("seen", "heard")})
-    rows = _split_file(root, split).read_text(encoding="utf-8").splitlines()
-    return [clips[row.split("&")[1]] for row in rows]
-
-
-def oracle_accuracies(root: str | Path, split: str = "test") -> dict[str, float]:
-    """The best segment accuracies (0 to 1) that a model of one second at a time can reach on a split.
-
-    "video" and "audio" know each second's seen or heard category without error and answer with the label that goes
-    with it most often in the training split; "audio+video" knows both, and so the label. "chance" knows nothing: it
-    always gives the training split's most frequent label.
-    """
-    train, clips = read_clips(root, "train"), read_clips(root, split)
-    if not train or not clips:
-        raise ValueError(f"train, {split}: expected at least one clip each, got {len(train)} and {len(clips)}")
-    observe: dict[str, Callable[[Clip, int], str | None]] = {
-        "audio+video": lambda clip, k: clip.seen[k] if clip.seen[k] == clip.heard[k] else None,
-        "video": lambda clip, k: clip.seen[k],
-        "audio": lambda clip, k: clip.heard[k],
-        "chance": lambda clip, k: None,
-    }
-    return {name: _accuracy_by_majority(train, clips, observation) for name, observation in observe.items()}
-
-
-def _accuracy_by_majority(train: list[Clip], clips: list[Clip], observe: Callable[[Clip, int], str | None]) -> float:
-    counts: dict[str | None, Counter[str]] = {}
-    for clip in train:
-        for k, label in enumerate(clip.labels):
-            counts.setdefault(observe(clip, k), Counter())[label] += 1
-    answers = {observed: labels.most_common(1)[0][0] for observed, labels in counts.items()}
-    hits = (answers.get(observe(clip, k), BACKGROUND) == label for clip in clips for k, label in enumerate(clip.labels))
-    return sum(hits) / (len(clips) * SECONDS)
 
 
 # Pictures
@@ -217,10 +47,10 @@ def random_image(
 
     diameters: the least and the greatest, as fractions of the picture's side.
     """
-    background = _random_background(rng, size)
+    background = random_background(rng, size)
     if index is None:
         return background
-    look = _random_look(rng, background, diameters)
+    look = random_look(rng, background, diameters)
     return render_frame(background, index, *look.pose(0.0), size=look.size, colour=look.colour)
 
 
@@ -252,14 +82,27 @@ def render_frame(
     box = frame[low_y:high_y, low_x:high_x]
     columns = (low_x + np.arange(box.shape[1], dtype=np.float32) + 0.5 - x * side) / radius
     rows = (low_y + np.arange(box.shape[0], dtype=np.float32)[:, None] + 0.5 - y * side) / radius
+    cover = _coverage(index, columns, rows, angle, radius)[..., None]
+    shade = 1 - 0.12 * (columns + rows)[..., None]
+    box[:] = np.clip(box + cover * (np.asarray(colour, dtype=np.float32) * shade - box), 0, 255)
+    return frame
+
+
+def render_mask(side: int, index: int, x: float, y: float, angle: float, *, size: float) -> np.ndarray:
+    """The pixels of a square picture that `render_frame` would draw on: (side, side) bool, for its arguments."""
+    centres = np.arange(side, dtype=np.float32) + 0.5
+    radius = 0.5 * size * side
+    columns, rows = (centres - x * side) / radius, (centres[:, None] - y * side) / radius
+    return _coverage(index, columns, rows, angle, radius) > 0.5
+
+
+def _coverage(index: int, columns: np.ndarray, rows: np.ndarray, angle: float, radius: float) -> np.ndarray:
+    """How much of each pixel a shape covers, 0 to 1: columns (W,) and rows (H, 1) in radii from its centre."""
     cos, sin = math.cos(angle), math.sin(angle)
     u = cos * columns + sin * rows
     v = cos * rows - sin * columns
     # The signed distance in pixels gives each pixel's coverage, and with it smooth edges.
-    cover = np.clip(0.5 - radius * _DISTANCES[SHAPES[index]](u, v), 0, 1)[..., None]
-    shade = 1 - 0.12 * (columns + rows)[..., None]
-    box[:] = np.clip(box + cover * (np.asarray(colour, dtype=np.float32) * shade - box), 0, 255)
-    return frame
+    return np.clip(0.5 - radius * _DISTANCES[SHAPES[index]](u, v), 0, 1)
 
 
 def _polygon(u: np.ndarray, v: np.ndarray, sides: int, inner: float) -> np.ndarray:
@@ -295,8 +138,8 @@ _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 @dataclass(frozen=True)
-class _Look:
-    """An object's looks and its path, a Lissajous curve."""
+class Look:
+    """An object's looks, and its path, a Lissajous curve; in units of the frame's side, and seconds."""
 
     size: float
     colour: np.ndarray
@@ -313,12 +156,21 @@ class _Look:
         return float(x), float(y), self.angle + self.spin * t
 
 
-def _random_look(
-    rng: np.random.Generator, background: np.ndarray, diameters: tuple[float, float] = _DIAMETERS
-) -> _Look:
+def random_look(
+    rng: np.random.Generator,
+    background: np.ndarray,
+    diameters: tuple[float, float] = _DIAMETERS,
+    *,
+    middle: tuple[float, float] = (0.5, 0.5),
+    extent: tuple[float, float] = (1.0, 1.0),
+) -> Look:
+    """An object that moves within a part of the frame, of a colour that stands out from the background.
+
+    middle, extent: of that part, x and y, in units of the frame's side.
+    """
     size = rng.uniform(*diameters)
-    # The object stays whole inside the frame.
-    room = 0.5 - 0.52 * size
+    # The object stays whole inside.
+    room = 0.5 * np.asarray(extent) - 0.52 * size
     swing = rng.uniform(0.2, 1.0, 2) * room
     mean = background.mean(axis=(0, 1))
     while True:
@@ -326,10 +178,10 @@ def _random_look(
         contrast = np.abs(colour - mean)
         if contrast.max() > 90 and contrast.mean() > 56:
             break
-    return _Look(
+    return Look(
         size=size,
         colour=colour,
-        centre=0.5 + rng.uniform(-1, 1, 2) * (room - swing),
+        centre=middle + rng.uniform(-1, 1, 2) * (room - swing),
         swing=swing,
         rate=rng.uniform(0.05, 0.3, 2),
         phase=rng.uniform(0, 2 * np.pi, 2),
@@ -338,7 +190,8 @@ def _random_look(
     )
 
 
-def _random_background(rng: np.random.Generator, size: int) -> np.ndarray:
+def random_background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """(size, size, 3) uint8."""
     base = rng.uniform(0.15, 0.85)
     # A gradient between four muted corners, then the same at finer and finer grids: noise that looks like a texture.
     picture = base + _upsample(rng.uniform(-0.15, 0.15, (2, 2, 3)), size)
@@ -356,16 +209,16 @@ def _upsample(grid: np.ndarray, size: int) -> np.ndarray:
     return np.einsum("yi,ijc,xj->yxc", weights, grid, weights, optimize=True)
 
 
-def _frames(rng: np.random.Generator, seen: tuple[str | None, ...]) -> Iterator[np.ndarray]:
-    """(SIZE, SIZE, 3) uint8 for each frame of a clip; the frame at time t shows second floor(t)."""
+def frames(rng: np.random.Generator, seen: tuple[str | None, ...]) -> Iterator[np.ndarray]:
+    """(SIZE, SIZE, 3) uint8 for each frame of a clip: of each second the category that is seen, or None."""
     margin = SIZE // 4
-    scene = _random_background(rng, SIZE + margin)
+    scene = random_background(rng, SIZE + margin)
     pan = rng.uniform(0, margin, (2, 2))
-    looks = [(category, seconds, _random_look(rng, scene)) for category, seconds in _runs(seen)]
+    looks = [(category, seconds, random_look(rng, scene)) for category, seconds in runs(seen)]
     for category, seconds, look in looks:
         for i in range(seconds.start * FPS, seconds.stop * FPS):
             t = i / FPS
-            y, x = (pan[0] + (pan[1] - pan[0]) * t / SECONDS).astype(int)
+            y, x = (pan[0] + (pan[1] - pan[0]) * t / len(seen)).astype(int)
             view = scene[y : y + SIZE, x : x + SIZE]
             if category is None:
                 yield view.copy()
@@ -487,10 +340,10 @@ def _random_gain(rng: np.random.Generator) -> float:
     return 10 ** (rng.uniform(-16, -5) / 20)
 
 
-def _waveform(rng: np.random.Generator, heard: tuple[str | None, ...]) -> np.ndarray:
-    """(SECONDS * SAMPLE_RATE,) float32."""
-    wave = _random_noise(rng, SECONDS * SAMPLE_RATE, SAMPLE_RATE)
-    for category, seconds in _runs(heard):
+def waveform(rng: np.random.Generator, heard: tuple[str | None, ...]) -> np.ndarray:
+    """(seconds * SAMPLE_RATE,) float32 of a clip: of each second the category that is heard, or None."""
+    wave = _random_noise(rng, len(heard) * SAMPLE_RATE, SAMPLE_RATE)
+    for category, seconds in runs(heard):
         if category is not None:
             sound = render_sound(rng, CATEGORIES.index(category), len(seconds))
             first = seconds.start * SAMPLE_RATE
@@ -501,7 +354,7 @@ def _waveform(rng: np.random.Generator, heard: tuple[str | None, ...]) -> np.nda
 # Files
 
 
-def _runs(track: Iterable[str | None]) -> Iterator[tuple[str | None, range]]:
+def runs(track: Iterable[str | None]) -> Iterator[tuple[str | None, range]]:
     """The stretches of a track in which nothing changes: one object or one sound each."""
     first = 0
     for category, group in groupby(track):
@@ -510,33 +363,64 @@ def _runs(track: Iterable[str | None]) -> Iterator[tuple[str | None, range]]:
         first = stop
 
 
-def _generator(seed: int, index: int, purpose: str) -> np.random.Generator:
+def generator(seed: int, index: int, purpose: str) -> np.random.Generator:
+    """The random numbers of clip `index` for one purpose: "deck", "plan", "video" or "audio"."""
     return np.random.default_rng([seed, index, ("deck", "plan", "video", "audio").index(purpose)])
 
 
-def _split_file(root: Path, split: str) -> Path:
-    return root / f"{split}Set.txt"
+def check_sizes(sizes: Mapping[str, int], *, seed: int, workers: int) -> None:
+    """Raises: ValueError for a negative count or seed, no clip at all, or no worker."""
+    for name, value in {**sizes, "seed": seed}.items():
+        if value < 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers}")
+    if not sum(sizes.values()):
+        raise ValueError(f"{', '.join(sizes)}: expected at least one clip, got none")
 
 
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+def write_clips(
+    write: Callable[[int], None],
+    total: int,
+    *,
+    workers: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Calls `write` with the number of each clip, below `total`.
+
+    Args:
+        write: where there are more workers than one, something that can be sent to another process.
+        workers: processes that render. 1 renders in this one; more are spawned, so a script that
+            asks for them needs its `if __name__ == "__main__"`.
+        progress: called as progress(clips written, clips in all) after each clip.
+    """
+    for done, _ in enumerate(_in_processes(write, total, min(workers, total)), start=1):
+        if progress:
+            progress(done, total)
 
 
-def _write_all(folder: Path, seed: int, total: int, workers: int) -> Iterator[None]:
-    jobs = [(folder, seed, index) for index in range(total)]
-    workers = min(workers, total)
+def _in_processes(write: Callable[[int], None], total: int, workers: int) -> Iterator[None]:
     if workers == 1:
-        yield from map(_write_clip, jobs)
+        yield from map(write, range(total))
         return
     # Spawned, because a process that has run torch or CUDA cannot be forked safely.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_write_clip, jobs, chunksize=4)
+        yield from pool.map(write, range(total), chunksize=4)
 
 
-def _write_clip(job: tuple[Path, int, int]) -> None:
-    folder, seed, index = job
-    clip = plan_clip(seed, index)
-    with av.open(str(folder / f"{clip.id}.mp4"), "w") as container:
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a text file, the same bytes on every system."""
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def write_video(path: Path, pictures: Iterable[np.ndarray], wave: np.ndarray) -> None:
+    """Writes an mp4 file: h264 at `FPS` frames per second, AAC in mono at `SAMPLE_RATE`.
+
+    Args:
+        pictures: (SIZE, SIZE, 3) uint8 each.
+        wave: (samples,) float32, clipped to [-1, 1].
+    """
+    with av.open(str(path), "w") as container:
         # One thread: x264 gives other bytes for another number of threads.
         video = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "24", "threads": "1"})
         video.width = video.height = SIZE
@@ -544,13 +428,12 @@ def _write_clip(job: tuple[Path, int, int]) -> None:
         audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options={"aac_coder": "fast"})
         audio.bit_rate = 64000
 
-        for number, picture in enumerate(_frames(_generator(seed, index, "video"), clip.seen)):
+        for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, FPS)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
 
-        wave = _waveform(_generator(seed, index, "audio"), clip.heard)
         frame = av.AudioFrame.from_ndarray(np.clip(wave, -1, 1)[None], format="fltp", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
         container.mux(audio.encode(frame))
