@@ -220,7 +220,7 @@ def test_prepare_extracts_and_goes_on(run, tmp_path):  # noqa: F811
     assert result.code == 1
     assert_one_line(result.err, "clip4.mp4", "expected a media file")
     assert "5 videos extracted, 0 were already, 1 cannot be read" in result.out
-    assert "6 clips decoded, 1 of them in vain" in result.out
+    assert "6 clips tried, 1 cannot be read" in result.out
     assert "to be had from AVE: github.com/YapengTian/AVE-ECCV18" in result.out
     write_video(tmp_path / "AVE" / "clip4.mp4", audio=False)
     result = run("prepare", "ave", tmp_path, "--extract", "--decode")
@@ -241,6 +241,9 @@ def test_prepare_speaks_of_each_data_set(run, tmp_path):  # noqa: F811
         assert result.code == (1 if missing else 0)
         assert re.search(f"problem: .*expected {missing}" if missing else "nothing is missing", result.out)
         assert ("to be had from" in result.out) == bool(missing)
+    result = run("prepare", "avs", tmp_path / "action", "--extract")
+    assert (result.code, result.err) == (1, "")
+    assert "problem: " in result.out
     (tmp_path / "avs" / "s4_data" / "audio_wav" / "val").rename(tmp_path / "val")
     result = run("prepare", "avs", tmp_path / "avs", "--extract")
     assert result.code == 1
@@ -305,13 +308,13 @@ def test_operations_grow_with_the_latents_as_counted_by_hand(task):
     if task == "avqa":
         clip["question"] = torch.zeros(1, 6, dtype=torch.int64)
     counts = []
-    for latents in (1, 2, 5):
+    for latents in (1, 2, 5) if task == "ave" else (1, 2):
         adapter = dataclasses.replace(config.adapter, latents=latents)
         counts.append(sweep.flops(dataclasses.replace(config, adapter=adapter), clip))
-    assert counts[0] > 0
     per_latent = counts[1] - counts[0]
-    assert counts[2] - counts[1] == 3 * per_latent
+    assert 0 < per_latent < counts[0]
     if task == "ave":
+        assert counts[2] - counts[1] == 3 * per_latent
         # Four products of a latent with each token of each of four adapters a block: L Yᵀ, its use, X Sᵀ, its use.
         tokens = [(64, 16), (64, 16), (16, 32)]  # of each block, and their channels
         assert per_latent == config.frames * sum(4 * 4 * 2 * n * c for n, c in tokens)
