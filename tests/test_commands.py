@@ -126,11 +126,14 @@ def test_a_film_has_the_nearest_mask_on_every_frame_and_its_sound(videos, tmp_pa
     assert spectrum[0].std() == pytest.approx(spectrum[1].std(), rel=0.1)
 
 
-def test_segment_never_writes_over_its_video(run, trained, videos):  # noqa: F811
+def test_segment_never_writes_over_a_video(run, trained, videos, tmp_path):  # noqa: F811
     before = (videos / "long.mp4").read_bytes()
-    result = run("segment", videos / "long.mp4", *trained["avs"][1], "--out", videos)
-    assert result.code == 2
-    assert_one_line(result.err, "--out", "expected another folder than that of", videos)
+    (tmp_path / "long.mp4").write_bytes(before)
+    # Nor over another's: both would be long.mp4.
+    for files in ([videos / "long.mp4"], [tmp_path / "long.mp4", videos / "long.mp4"]):
+        result = run("segment", *files, *trained["avs"][1], "--out", videos)
+        assert result.code == 2
+        assert_one_line(result.err, "--out", "expected another folder than that of", videos)
     assert (videos / "long.mp4").read_bytes() == before
     assert segment.summary([0.0, 0.0]) == "nothing is marked in 2 frames"
     assert segment.summary([0.1, 0.0, 0.3]) == "2 of 3 frames marked, in 20% of their pixels"

@@ -49,8 +49,9 @@ def segment(
     from lavish_fast.checkpoint import write_atomically
 
     files = watch.find(videos)
-    for file, place in zip(files, watch.places(files)):
-        if file.resolve() == (out / f"{place}.mp4").resolve():
+    films = {(out / f"{place}.mp4").resolve() for place in watch.places(files)}
+    for file in files:
+        if file.resolve() in films:
             raise typer.BadParameter(f"expected another folder than that of {file}, got {out}", param_hint="--out")
     model = watch.ready(watch.load_model(checkpoint, backbone, "avs"))
     config = model.config
