@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,9 @@ from lavish_fast.config import Config
 
 if TYPE_CHECKING:
     from lavish_fast.media import Clip, MediaError
+
+
+SPLITS = ("train", "val", "test")
 
 
 def load(name: str) -> ModuleType:
@@ -131,6 +135,90 @@ def collate(items: Iterable[dict[str, Any] | MediaError]) -> Batch:
     stacked = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0] if name != "id"}
     labels = stacked.pop("labels")
     return Batch(stacked, labels, tuple(clip["id"] for clip in clips), tuple(failed))
+
+
+class Clips(torch.utils.data.Dataset):
+    """What the tasks' data sets share: arguments, and clips that are decoded once if they are to be kept.
+
+    rows: of the data set's list, one an item.
+    """
+
+    rows: Sequence[Any]
+
+    def __init__(self, root: str | os.PathLike, split: str, config: Config, *, antialias: bool, cache: bool) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        self.root, self.config, self.antialias = Path(root), config, antialias
+        self._cache: dict[str, Any] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
+        from lavish_fast.media import MediaError
+
+        try:
+            return self.item(index)
+        except MediaError as error:
+            return error
+
+    def item(self, index: int) -> dict[str, Any]:
+        """An item. Raises: `media.MediaError` for a clip that cannot be read."""
+        raise NotImplementedError
+
+    def metric(self) -> Any:
+        """What the split is measured by."""
+        return load(self.config.task).Metric()
+
+    def kept(self, name: str, read: Callable[[], Any]) -> Any:
+        """What `read` gives for a clip, or gave before, if clips are to be kept."""
+        if self._cache and name in self._cache:
+            return self._cache[name]
+        found = read()
+        if self._cache is not None:
+            self._cache[name] = found
+        return found
+
+
+def warned(clip: Clip) -> Clip:
+    """The clip, after its warnings."""
+    for message in clip.warnings:
+        warnings.warn(message, stacklevel=2)
+    return clip
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a task's `verify` found.
+
+    splits: rows per split. missing: per split, the clips that lack files. undecodable: a line for each file that does
+    not decode. problems: sentences, each a reason why training would not see the whole data set. notes: what to know
+    besides.
+    """
+
+    splits: Mapping[str, int]
+    missing: Mapping[str, tuple[str, ...]]
+    undecodable: tuple[str, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def heading(self) -> str:
+        """On the list itself."""
+        return ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is missing or broken."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [self.heading] if self.heading else []
+        if self.splits:
+            lines.append("splits: " + ", ".join(f"{split} {size}" for split, size in self.splits.items()))
+        lines += [f"problem: {text}" for text in self.problems]
+        lines += [f"note: {text}" for text in self.notes]
+        return "\n".join(lines)
 
 
 def some(names: Sequence[str]) -> str:

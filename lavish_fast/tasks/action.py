@@ -35,9 +35,8 @@ from lavish_fast.tasks import some
 
 if TYPE_CHECKING:
     from lavish_fast.backbones import Encoded
-    from lavish_fast.media import Clip, MediaError
+    from lavish_fast.media import Clip
 
-SPLITS = ("train", "val", "test")
 FOLDS = (1, 2, 3)
 VAL_GROUPS = (24, 25)
 
@@ -222,7 +221,7 @@ def read_splits(root: str | os.PathLike, classes: Sequence[str], fold: int = 1) 
     return _held_out(lists, files["train"])
 
 
-class Dataset(torch.utils.data.Dataset):
+class Dataset(tasks.Clips):
     """One split of a data set in UCF101's layout.
 
     Args:
@@ -253,41 +252,22 @@ class Dataset(torch.utils.data.Dataset):
         cache: bool = False,
         fold: int = 1,
     ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-        self.root = Path(root)
-        self.config = config
-        self.antialias = antialias
+        super().__init__(root, split, config, antialias=antialias, cache=cache)
         classes = classes_of(self.root)
         if problem := _class_problem(classes, config):
             raise ValueError(f"{self.root}: {problem}")
         self.rows = tuple(row for row in read_splits(self.root, classes, fold)[split] if row.id not in skip)
         self.silent: set[str] = set()
-        self._cache: dict[str, Clip] | None = {} if cache else None
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def metric(self) -> Metric:
-        """What the split is measured by."""
-        return Metric()
-
-    def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
-        from lavish_fast.media import MediaError
-
+    def item(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        try:
-            clip = self._load(row)
-        except MediaError as error:
-            return error
+        clip = self.kept(row.id, lambda: self._read(row))
         label = torch.tensor(self.config.classes.index(row.category))
         return {"audio": clip.audio, "video": clip.video, "labels": label, "id": row.id}
 
-    def _load(self, row: Row) -> Clip:
+    def _read(self, row: Row) -> Clip:
         from lavish_fast.media import SILENCE, load_clip
 
-        if self._cache and row.id in self._cache:
-            return self._cache[row.id]
         clip = load_clip(_media_path(self.root, row), **media_options(self.config), antialias=self.antialias)
         if clip.silent and not self.silent:
             warnings.warn(f"{self.root}: has clips without sound, {SILENCE} (first {row.id})", stacklevel=3)
@@ -296,45 +276,25 @@ class Dataset(torch.utils.data.Dataset):
         for message in clip.warnings:
             if not message.endswith(SILENCE):
                 warnings.warn(message, stacklevel=3)
-        if self._cache is not None:
-            self._cache[row.id] = clip
         return clip
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(tasks.Report):
     """What `verify` found.
 
-    classes: how many there are. fold: the one looked at. splits: clips per split. missing: per split, the clips
-    without a file. undecodable: a line for each file that does not decode. silent: ids of clips without sound; None
-    unless the files were decoded.
-    problems: sentences, each a reason why training would not see the whole data set. notes: what to know besides.
+    classes: how many there are. fold: the one looked at. silent: ids of clips without sound; None unless the files
+    were decoded. The rest as in `tasks.Report`.
     """
 
     classes: int
     fold: int
-    splits: Mapping[str, int]
-    missing: Mapping[str, tuple[str, ...]]
-    undecodable: tuple[str, ...]
     silent: tuple[str, ...] | None
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
 
     @property
-    def ok(self) -> bool:
-        """Whether nothing is missing or broken."""
-        return not self.problems
-
-    def __str__(self) -> str:
-        lines = [f"classInd.txt: {self.classes} classes"]
-        if self.splits:
-            sizes = ", ".join(f"{split} {size}" for split, size in self.splits.items())
-            lines.append(f"splits of fold {self.fold}: {sizes}")
-        if self.silent is not None:
-            lines.append(f"clips without sound: {len(self.silent)}")
-        lines += [f"problem: {text}" for text in self.problems]
-        lines += [f"note: {text}" for text in self.notes]
-        return "\n".join(lines)
+    def heading(self) -> str:
+        silent = "" if self.silent is None else f", {len(self.silent)} clips without sound"
+        return f"classInd.txt: {self.classes} classes; fold {self.fold}{silent}"
 
 
 def verify(
@@ -409,14 +369,14 @@ def verify(
         notes += [f"{name}: UCF101 has {ucf}, got {got}" for name, (ucf, got) in sizes.items() if ucf != got]
     sizes = {split: len(rows) for split, rows in splits.items()}
     return Report(
-        len(classes),
-        fold,
         sizes,
         missing,
         undecodable,
-        silent,
         tuple(problems),
         tuple(notes),
+        classes=len(classes),
+        fold=fold,
+        silent=None if silent is None else tuple(silent),
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +22,13 @@ from torch import Tensor, nn
 from lavish_fast import tasks
 from lavish_fast.backbones import Encoded
 from lavish_fast.config import AVE_CLASSES, Config
-from lavish_fast.tasks import some
+from lavish_fast.tasks import SPLITS, some
 from lavish_fast.vggish import FEATURES, PATCH
 
 if TYPE_CHECKING:
-    from lavish_fast.media import Clip, MediaError
+    from lavish_fast.media import Clip
 
 BACKGROUND = "background"
-SPLITS = ("train", "val", "test")
 RULES = ("argmax", "cmbs")
 
 _AVE_ROWS = 4143
@@ -234,7 +232,7 @@ def read_splits(root: str | os.PathLike, annotations: Sequence[Annotation]) -> d
     raise FileNotFoundError(f"{root}: expected train_order.h5, trainSet.txt or train.txt there or in data/, got none")
 
 
-class Dataset(torch.utils.data.Dataset):
+class Dataset(tasks.Clips):
     """One split of a data set in AVE's layout.
 
     Args:
@@ -264,84 +262,43 @@ class Dataset(torch.utils.data.Dataset):
         skip: Collection[str] = (),
         cache: bool = False,
     ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-        self.root = Path(root)
-        self.config = config
-        self.antialias = antialias
+        super().__init__(root, split, config, antialias=antialias, cache=cache)
         annotations = read_annotations(_annotations_path(self.root))
         if problem := _class_problem(annotations, config):
             raise ValueError(f"{self.root}: {problem}")
         indices = read_splits(self.root, annotations)[split]
         self.rows = tuple(annotations[i] for i in indices if annotations[i].video_id not in skip)
         self._media = _find_media(self.root)
-        self._cache: dict[str, Clip] | None = {} if cache else None
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def metric(self) -> Metric:
-        """What the split is measured by."""
-        return Metric()
-
-    def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
-        from lavish_fast.media import MediaError
-
+    def item(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        try:
-            clip = self._load(row.video_id)
-        except MediaError as error:
-            return error
+        clip = self.kept(row.video_id, lambda: self._read(row.video_id))
         labels = segment_labels(row, self.config.classes, self.config.frames)
         item = {"audio": clip.audio, "video": clip.video, "labels": labels, "id": row.video_id}
         return item | ({} if clip.patches is None else {"patches": clip.patches})
 
-    def _load(self, video_id: str) -> Clip:
-        if self._cache and video_id in self._cache:
-            return self._cache[video_id]
+    def _read(self, video_id: str) -> Clip:
         path = self._media.get(video_id, self.root / "AVE" / f"{video_id}.mp4")
         options = _media_options(self.config) | {"patches": self.config.head.vggish}
-        clip = _load_media(path, **options, antialias=self.antialias)
-        for message in clip.warnings:
-            warnings.warn(message, stacklevel=2)
-        if self._cache is not None:
-            self._cache[video_id] = clip
-        return clip
+        return tasks.warned(_load_media(path, **options, antialias=self.antialias))
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(tasks.Report):
     """What `verify` found.
 
-    rows, header: of Annotations.txt. splits: rows per split. missing: per split, the videos without media.
-    duplicates: videos with more than one row. shared: videos in two splits, by "train and val" ...
-    undecodable: a line for each file that does not decode.
-    problems: sentences, each a reason why training would not see the whole data set. notes: what to know besides.
+    rows, header: of Annotations.txt. duplicates: videos with more than one row. shared: videos in two splits, by
+    "train and val" ... The rest as in `tasks.Report`.
     """
 
     rows: int
     header: bool
-    splits: Mapping[str, int]
-    missing: Mapping[str, tuple[str, ...]]
     duplicates: tuple[str, ...]
     shared: Mapping[str, tuple[str, ...]]
-    undecodable: tuple[str, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
 
     @property
-    def ok(self) -> bool:
-        """Whether nothing is missing or broken."""
-        return not self.problems
-
-    def __str__(self) -> str:
-        header = "with" if self.header else "without"
-        lines = [f"Annotations.txt: {self.rows} rows, {header} a header"]
-        if self.splits:
-            lines.append("splits: " + ", ".join(f"{split} {size}" for split, size in self.splits.items()))
-        lines += [f"problem: {text}" for text in self.problems]
-        lines += [f"note: {text}" for text in self.notes]
-        return "\n".join(lines)
+    def heading(self) -> str:
+        return f"Annotations.txt: {self.rows} rows, {'with' if self.header else 'without'} a header"
 
 
 def verify(
@@ -418,7 +375,8 @@ def verify(
         sizes |= {split: (_AVE_SPLITS[split], len(indices)) for split, indices in splits.items()}
         notes += [f"{name}: AVE has {ave} rows, got {got}" for name, (ave, got) in sizes.items() if ave != got]
     sizes = {split: len(indices) for split, indices in splits.items()}
-    return Report(len(rows), header, sizes, missing, duplicates, shared, undecodable, tuple(problems), tuple(notes))
+    found = (sizes, missing, undecodable, tuple(problems), tuple(notes))
+    return Report(*found, rows=len(rows), header=header, duplicates=duplicates, shared=shared)
 
 
 def _read_rows(path: Path) -> tuple[bool, list[Annotation | ValueError]]:
