@@ -13,6 +13,7 @@ setup(
     packages=[
         "lavish_fast",
         "lavish_fast.backbones",
+        "lavish_fast.commands",
         "lavish_fast.demos",
         "lavish_fast.kernels",
         "lavish_fast.synthetic",

@@ -26,12 +26,24 @@ from torch.nn.attention import SDPBackend
 from benchmarks import roofline
 from benchmarks.baselines.mbt import MBTConfig
 from benchmarks.measure import PRECISIONS, Unavailable
-from lavish_fast import Model, attention, backbones, ops, reference
+from lavish_fast import Model, attention, backbones, ops, reference, tasks
 from lavish_fast.adapter import LavishAdapter
 from lavish_fast.backbones.swin_v2 import CONSTANTS, WindowAttention
 from lavish_fast.concatenated import Concatenated, arithmetic
-from lavish_fast.config import VIT_SPECTROGRAM, AdapterConfig, Config, SpectrogramConfig, SwinV2Config, ViTConfig
+from lavish_fast.config import (
+    VIT_SPECTROGRAM,
+    AdapterConfig,
+    AVQAConfig,
+    AVSConfig,
+    Config,
+    ResNetConfig,
+    SpectrogramConfig,
+    SwinV2Config,
+    VideoMAEConfig,
+    ViTConfig,
+)
 from lavish_fast.tasks import ave
+from lavish_fast.vggish import PATCH
 
 MODES = ("inference", "training")
 LATENTS = (1, 2, 4, 8, 16, 32, 64)  # the paper's Figure 1
@@ -120,8 +132,8 @@ class Trained(nn.Module):
     def blocks(self) -> nn.ModuleList | None:
         return getattr(self.fast, "blocks", None)
 
-    def forward(self, audio: Tensor, video: Tensor) -> Tensor:
-        return self.fast(audio, video)
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.fast(*inputs)
 
 
 @dataclass
@@ -166,7 +178,10 @@ class Problem:
     def batch(self, repeats: int, dtype: torch.dtype, device: str, *, training: bool = False) -> tuple[Tensor, ...]:
         """The inputs, their clips repeated."""
         wide = torch.promote_types(dtype, torch.float32)
-        inputs = [x.to(device, wide if i in self.wide else dtype) for i, x in enumerate(self.inputs)]
+        types = [
+            (wide if i in self.wide else dtype) if x.is_floating_point() else x.dtype for i, x in enumerate(self.inputs)
+        ]
+        inputs = [x.to(device, kind) for x, kind in zip(self.inputs, types)]
         return tuple(
             (x.repeat(repeats, *(1,) * (x.ndim - 1)) if batched else x)
             .detach()
@@ -220,6 +235,10 @@ class Case:
 
 # Networks
 
+# In a network of the paper's depth with gates of 0.5 and random weights gradients of training grow from block to block
+# and amplify rounding beyond any use: float32's are off by seven times their size, with these by 6e-5.
+_GATES = (0.06, 0.14)
+
 
 def _one(preset: Preset) -> list[dict[str, Any]]:
     return [{}]
@@ -242,9 +261,7 @@ def _lavish(
 ) -> Problem:
     torch.manual_seed(0)
     return Problem(
-        # In a network of the paper's depth with gates of 0.5 and random weights gradients of training grow from block
-        # to block and amplify rounding beyond any use: float32's are off by seven times their size, with these by 6e-5.
-        randomise(Model(config), gates=(0.06, 0.14)),
+        randomise(Model(config), gates=_GATES),
         _clips(config, clips),
         {"reference": lambda model: model.set_path("reference"), **paths},
         work=lambda batch, itemsize, training: roofline.model_ops(
@@ -309,6 +326,83 @@ def _ave(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
 def _latents(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
     adapter = replace(preset.swin.adapter, latents=setting["latents"])
     return _lavish(replace(preset.swin, adapter=adapter), clips, {})
+
+
+def _networks(preset: Preset) -> dict[str, Config]:
+    """Every preset of every task; at small sizes the first of each task on each kind of backbone, cut down."""
+    networks = {name: Config.from_preset(name) for name in Config.presets()}
+    if preset == PRESETS["paper"]:
+        return networks
+    side = preset.side
+    sections = {"avs": AVSConfig(channels=16, size=side), "avqa": AVQAConfig(width=32)}
+    picture = {"spectrogram": preset.vit.spectrogram, "frames": preset.vit.frames}
+    square = {"spectrogram": preset.swin.spectrogram, "frames": preset.swin.frames}
+    clip = SpectrogramConfig(window_seconds=0.0, mel_bins=side, frames=side, frame_shift_ms=10.0)
+    video = VideoMAEConfig(side, 8, preset.frames, embed_dim=preset.vit.backbone.embed_dim, depth=2, num_heads=2)
+    small = {
+        "swinv2": square | {"backbone": preset.swin.backbone},
+        "vit": picture | {"backbone": preset.vit.backbone},
+        "videomae": {"backbone": video, "spectrogram": clip, "frames": preset.frames},
+        "resnet": square | {"backbone": ResNetConfig(side, layers=(1, 1, 1, 1), channels=(16, 16, 32, 32))},
+    }
+    found: dict[tuple[str, str], tuple[str, Config]] = {}
+    for name, config in networks.items():
+        task, kind = key = config.task, config.backbone.kind
+        if key not in found:
+            head = {"head": sections[task]} if task in sections else {}
+            found[key] = name, replace(config, **small[kind], **head)
+    return dict(found.values())
+
+
+def _network(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
+    from lavish_fast.runtime import optimize
+
+    config = _networks(preset)[setting["network"]]
+    count, task = clips * config.frames, tasks.load(config.task)
+    side, sound = config.backbone.img_size, config.spectrogram
+    if config.task == "avs":
+        side = config.head.size
+    windows = config.images if sound.window_seconds == 0 else config.frames
+    audio = _draw(clips, windows, sound.frames, sound.mel_bins, seed=1)
+    video = _draw(clips, config.frames, 3, side, side, seed=2)
+    labels = torch.arange(clips) % max(len(config.classes), 1)
+    inputs = (audio, video)
+    if config.task == "ave":
+        labels = torch.arange(count).view(clips, -1) % len(config.classes)
+        if config.head.vggish:
+            inputs += (_draw(clips, config.frames, *PATCH, seed=4),)
+    elif config.task == "avs":
+        inputs, labels = (video, audio), (_draw(clips, 1, side, side, seed=3) > 0).float()
+    elif config.task == "avqa":
+        words = torch.arange(clips * config.head.length).view(clips, -1) % len(config.head.words)
+        inputs = audio, video, _draw(*video.shape, seed=4), words
+
+    def rows(outputs: Any) -> Tensor:
+        if config.task == "ave":
+            return _logits(outputs).unflatten(0, (-1, config.frames)).flatten(1)
+        if config.task == "avs":  # its maps as well
+            logits, maps, _ = outputs
+            return torch.cat([x.unflatten(0, (-1, config.frames)).flatten(1) for x in (logits, *maps)], 1)
+        if config.task == "avqa":
+            return torch.cat([outputs[0], *(x.unflatten(0, (-1, config.frames)).flatten(1) for x in outputs[1:])], 1)
+        return outputs
+
+    torch.manual_seed(0)
+    return Problem(
+        _without_dropout(randomise(Model(config), gates=_GATES)),
+        inputs,
+        {
+            "reference": lambda model: model.set_path("reference"),
+            "optimized": Rearranged(
+                lambda model, dtype: optimize(model, dtype=dtype),
+                lambda model, dtype: Trained(model, optimize(model, training=True, dtype=dtype)),
+            ),
+        },
+        loss=task.loss,
+        labels=labels,
+        rows=rows,
+        parameter_name=_parameter_name,
+    )
 
 
 def _ave_vit(preset: Preset, setting: dict[str, Any], clips: int) -> Problem:
@@ -679,6 +773,14 @@ CASES = {
             "fused",
             "optimized",
         ),
+    ),
+    "networks": Case(
+        "every preset of every task, as it is and as `optimize` makes it",
+        lambda preset: [{"network": name} for name in _networks(preset)],
+        _network,
+        MODES,
+        batches=_least,
+        paths=("reference", "optimized"),
     ),
     "ave-vit": Case("the AVE network, LAVISH on ViT-B with r = 4 (Table 2)", _one, _ave_vit, MODES),
     "latents": Case(

@@ -157,7 +157,7 @@ def table_2_sizes() -> dict[str, Size]:
 
 def parameters() -> Table:
     """Trainable and frozen parameters of every preset of the library."""
-    columns = ("preset", "adapters", "head", "trainable", "trainable M", "the paper's M", "frozen", "trainable share")
+    columns = ("preset", "adapters", "head", "trainable", "M", "paper's M", "frozen", "share")
     table = _table("Parameters of the presets", columns, left=("preset",))
     for name in Config.presets():
         size = size_of(Config.from_preset(name))
@@ -166,6 +166,28 @@ def parameters() -> Table:
         share = f"{size.trainable / (size.trainable + size.frozen):.1%}"
         table.add_row(name, *numbers, f"{size.trainable / 1e6:.2f}", published, f"{size.frozen:,}", share)
     return table
+
+
+def networks(rows: Sequence[Row], preset: str) -> Table:
+    """Every preset of every task: what it trains, and its inference as it is and as `optimize` makes it."""
+    columns = ("task", "preset", "trainable M", "clips/s reference", "clips/s fast", "ratio", _HOW, "error")
+    title = f"Inference of the presets{_where(rows, preset)}"
+    table, before = _table(title, columns, left=("task", "preset", _HOW)), None
+    measured = latest(rows, preset, "networks")
+    for name in Config.presets():
+        config = Config.from_preset(name)
+        found = [row for row in measured if row["setting"] == {"network": name}]
+        plain = best(row for row in found if (row["path"], row["dtype"]) == ("reference", "float32"))
+        fast_rows = [row for row in found if row["path"] == "optimized"]
+        fast = best(fast_rows)
+        speed, _, how, error = _cells(fast, fast_rows)
+        reference = _NONE if plain is None else _number(plain["samples_per_s"])
+        millions = f"{size_of(config).trainable / 1e6:.2f}"
+        task = config.task if config.task != before else ""
+        table.add_row(task, name, millions, reference, speed, _times(speedup(fast, plain)), how, error)
+        before = config.task
+    text = "Reference: the model as it is, eager in float32. Fast: `lavish_fast.optimize`, errors to float64."
+    return _caption(table, text, _of_preset(preset))
 
 
 # Tables 2 and 4
@@ -427,7 +449,7 @@ def headline(rows: Sequence[Row], preset: str) -> Table:
 def report(rows: Sequence[Row], preset: str) -> list[Table]:
     """Every table, the headline first. rows: of one device. preset: "paper" or "small", whose rows are used."""
     made = [function(rows, preset) for function in (headline, table_2, table_4, figure_1)]
-    return [*made, parameters()]
+    return [*made, parameters(), networks(rows, preset)]
 
 
 def write(folder_of_rows: str | os.PathLike, preset: str, out_folder: str | os.PathLike) -> list[Path]:

@@ -1,7 +1,7 @@
-"""Swin-V2's cosine attention by the attention kernels of PyTorch and xformers.
+"""Attention by the kernels of PyTorch and xformers: the ViTs', and Swin-V2's cosine attention in windows.
 
-They take the normalised q and k, and position bias and shift mask as one additive bias in the type of q, which serves
-every entry of the batch by a stride of zero.
+The latter's take the normalised q and k, and position bias and shift mask as one additive bias in the type of q, which
+serves every entry of the batch by a stride of zero.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ _ALIGNMENT = 8  # elements: what xformers' kernel asks of a bias's rows
 
 # Where another library's kernel is faster than ours, by kind of device; measured, see benchmarks/results.
 FASTEST = {"cpu": "sdpa"}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`reference.attention` by `scaled_dot_product_attention`, which keeps no logits; on a CPU in at least float32."""
+    dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = (x.to(wide if q.device.type == "cpu" else dtype) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype)
 
 
 def fastest(x: Tensor) -> str:

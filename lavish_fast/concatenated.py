@@ -143,6 +143,7 @@ class Concatenated(Network):
             blocks.append(Block(entrance, constants, linears, steps, len(self.config.streams)))
         self.embed, self.blocks = self._frozen(backbone.patch_embed), nn.ModuleList(blocks)
         self.norm, self.head = self._frozen(backbone.norm), self._trained(model.head)
+        self.vggish = None if model.vggish is None else self._frozen(model.vggish)
         self.train(model.training)
 
     def _frozen(self, module: nn.Module) -> nn.Module:

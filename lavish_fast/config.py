@@ -242,9 +242,12 @@ ACTION_SPECTROGRAM = SpectrogramConfig(
 
 @dataclass(frozen=True)
 class AVEConfig:
-    """Event localisation: the classifier's hidden width."""
+    """Event localisation: the classifier's hidden width; whether VGGish's features of the sound join before its last
+    linear layer (the paper's Table 3), and the file that VGGish's frozen weights come from."""
 
     hidden: int = 512
+    vggish: bool = False
+    vggish_weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -320,6 +323,8 @@ class Config:
             raise ValueError(f"modality: expected one of {', '.join(MODALITIES)}, got {self.modality!r}")
         if self.task == "ave" and len(self.classes) < 2:
             raise ValueError(f"classes: expected at least one class and background, got {self.classes!r}")
+        if self.task == "ave" and self.head.vggish and "audio" not in self.streams:
+            raise ValueError(f"head.vggish: expected it with the sound, got {self.modality}")
         if self.task in ("avqa", "action") and not self.classes:
             raise ValueError("classes: expected at least one, got none")
         if self.frames < 1:
@@ -561,6 +566,7 @@ for _name, _config in _SWINS.items():
     _PRESETS[f"avqa-{_name}"] = dataclasses.replace(
         _config, task="avqa", adapter=_AVQA, spectrogram=AVQA_SPECTROGRAM, classes=None, head=None
     )
+_PRESETS["ave-swinv2-large-vggish"] = dataclasses.replace(_SWINS["swinv2-large"], head=AVEConfig(vggish=True))
 _PRESETS["ave-resnet152"] = Config(
     backbone=ResNetConfig(), adapter=AdapterConfig(p2=False), backbone_weights="resnet152.tv_in1k"
 )

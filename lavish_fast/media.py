@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lavish_fast.config import SpectrogramConfig
+from lavish_fast.vggish import PATCH_SAMPLES, log_mel_patches
 
 if TYPE_CHECKING:
     import av
@@ -78,13 +79,14 @@ class Clip(NamedTuple):
 
     audio: (T, spectrogram.frames, mel_bins) float32, normalised; T = 1 for a spectrogram of the whole clip.
     video: (T, 3, S, S) float32, normalised by the ImageNet mean and std. duration: seconds. warnings: one line each,
-    with the file's path.
+    with the file's path. patches: (T, 96, 64) float32, VGGish's of the sound, where they are asked for.
     """
 
     audio: Tensor
     video: Tensor
     duration: float
     warnings: tuple[str, ...] = ()
+    patches: Tensor | None = None
 
     @property
     def silent(self) -> bool:
@@ -100,6 +102,7 @@ def load_clip(
     spectrogram: SpectrogramConfig = _SPECTROGRAM,
     antialias: bool = False,
     frame_rate: float | None = FRAME_RATE,
+    patches: bool = False,
 ) -> Clip:
     """The clip of a video file, sampled as the released AVE loader samples extracted frames and wav files.
 
@@ -113,6 +116,7 @@ def load_clip(
         img_size: S, in pixels.
         antialias: of the bicubic resize. The released results come from a torchvision without it.
         frame_rate: frames a second that are extracted; None for all of the file's own.
+        patches: whether to add VGGish's log-mel patches, one for each of T windows of 0.975 s.
 
     Raises: MediaError naming the file and the reason; ValueError for arguments out of range.
     """
@@ -123,9 +127,52 @@ def load_clip(
     damage: Counter[str] = Counter()
     source = _scan(path, spectrogram.sample_rate, damage)
     count = frames or max(1, round(source.duration))
-    video = _sampled_video(path, source, count, img_size, antialias, frame_rate, damage)
+    video: list[Tensor | None] = [None] * count
+
+    def take(places: list[int], _: float, image: np.ndarray) -> None:
+        picture = resize(image, img_size, antialias)
+        for place in places:
+            video[place] = picture
+
+    choose = lambda keys: [keys[i - 1] for i in np.linspace(1, len(keys), count, dtype=int)]  # noqa: E731
+    _take_frames(path, source, frame_rate, choose, take, damage)
+    video = torch.stack(video)
     audio = spectrograms(source.waveform, count, spectrogram)
-    return Clip(audio, video, source.duration, _warnings(path, source.warnings, damage))
+    heard = _patches(source.waveform, count) if patches else None
+    return Clip(audio, video, source.duration, _warnings(path, source.warnings, damage), heard)
+
+
+class Sound(NamedTuple):
+    """What `extract` gives beside frames. waveform: (samples,) in [-1, 1]. duration: seconds. warnings: a `Clip`'s."""
+
+    waveform: Tensor
+    duration: float
+    warnings: tuple[str, ...]
+
+
+def extract(
+    path: str | os.PathLike[str],
+    take: Callable[[list[int], float, np.ndarray], None],
+    *,
+    frame_rate: float | None = FRAME_RATE,
+    sample_rate: int = _SPECTROGRAM.sample_rate,
+) -> Sound:
+    """Hands over the frames of a video file, the same that `load_clip` samples from, and returns its sound.
+
+    Args:
+        take: called as take(places, seconds, image) for each frame that is extracted, in order of display: its places
+            among them, from 0 (more than one where it is repeated), the time at which it is shown, and the picture,
+            (H, W, 3) uint8, upright. A file whose packets name frames that do not decode is begun again.
+        frame_rate: frames a second that are extracted; None for all of the file's own.
+        sample_rate: of the waveform, which is all channels' mean.
+
+    Raises: MediaError naming the file and the reason.
+    """
+    path = _local_file(path)
+    damage: Counter[str] = Counter()
+    source = _scan(path, sample_rate, damage)
+    _take_frames(path, source, frame_rate, lambda keys: keys, take, damage)
+    return Sound(source.waveform, source.duration, _warnings(path, source.warnings, damage))
 
 
 def load_frames_and_wav(
@@ -136,6 +183,7 @@ def load_frames_and_wav(
     img_size: int = 192,
     spectrogram: SpectrogramConfig = _SPECTROGRAM,
     antialias: bool = False,
+    patches: bool = False,
 ) -> Clip:
     """The clip of the extracted layout: a folder of jpg or png frames at 3 frames a second, and a wav file.
 
@@ -164,7 +212,8 @@ def load_frames_and_wav(
             resized[i] = resize(_read_image(images[i - 1]), img_size, antialias)
     video = torch.stack([resized[i] for i in chosen])
     audio = spectrograms(waveform, count, spectrogram)
-    return Clip(audio, video, duration, _warnings(wav_path, warnings, damage))
+    heard = _patches(waveform, count) if patches else None
+    return Clip(audio, video, duration, _warnings(wav_path, warnings, damage), heard)
 
 
 def load_clips(
@@ -499,6 +548,13 @@ def _windows(waveform: Tensor, frames: int, spectrogram: SpectrogramConfig) -> T
     return F.pad(waveform, (0, max(0, length - len(waveform))))[None]
 
 
+def _patches(waveform: Tensor, frames: int) -> Tensor:
+    """VGGish's patches (T, 96, 64) of windows at linspace(0, the last whole window, T); of zeros behind a short one."""
+    waveform = F.pad(waveform, (0, max(0, PATCH_SAMPLES - len(waveform))))
+    starts = np.linspace(0, len(waveform) - PATCH_SAMPLES, frames, dtype=int).tolist()
+    return log_mel_patches(torch.stack([waveform[i : i + PATCH_SAMPLES] for i in starts]))[:, 0]
+
+
 # Files
 
 
@@ -823,18 +879,17 @@ def _at_frame_rate(times: list[float], durations: list[float], rate: float = FRA
     return shown + [len(times) - 1] * sorted(repeats)[1]
 
 
-def _sample(
-    shown: list[tuple[int, int]], tick: Fraction, step: Fraction, origin: float, count: int, rate: float | None
+def _extracted(
+    shown: list[tuple[int, int]], tick: Fraction, step: Fraction, origin: float, rate: float | None
 ) -> list[int]:
-    """The keys (timestamps or numbers) of the frames that a clip of `count` takes."""
+    """The keys (timestamps or numbers) of the frames that `ffmpeg -r rate` extracts; of all frames without a rate."""
     if rate is None:
-        return [shown[i - 1][0] for i in np.linspace(1, len(shown), count, dtype=int)]
+        return [key for key, _ in shown]
     times = [float(key * tick) - origin for key, _ in shown]
     gaps = [after - before for before, after in pairwise(times)]
     gaps.append(gaps[-1] if gaps else float(step))
     durations = [float(length * tick) or gap for (_, length), gap in zip(shown, gaps)]
-    extracted = _at_frame_rate(times, durations, rate)
-    return [shown[extracted[i - 1]][0] for i in np.linspace(1, len(extracted), count, dtype=int)]
+    return [shown[i][0] for i in _at_frame_rate(times, durations, rate)]
 
 
 def _keyed_frames(path: str, numbered: bool, damage: Counter[str]) -> Iterator[tuple[int, int, av.VideoFrame]]:
@@ -850,29 +905,37 @@ def _keyed_frames(path: str, numbered: bool, damage: Counter[str]) -> Iterator[t
                 number += 1
 
 
-def _sampled_video(
-    path: str, source: _Source, count: int, size: int, antialias: bool, rate: float | None, damage: Counter[str]
-) -> Tensor:
-    """(count, 3, size, size): only the frames wanted are converted, each resized as soon as it is decoded."""
+def _take_frames(
+    path: str,
+    source: _Source,
+    rate: float | None,
+    choose: Callable[[list[int]], list[int]],
+    take: Callable[[list[int], float, np.ndarray], None],
+    damage: Counter[str],
+) -> None:
+    """Hands over the frames that are chosen among those extracted, each as soon as it is decoded.
 
-    def decode(wanted: list[int], numbered: bool, damage: Counter[str]) -> dict[int, Tensor]:
-        missing, got = set(wanted), {}
+    choose: keys of all frames extracted -> keys of those wanted. take: as for `extract`, places in what was chosen.
+    """
+
+    def decode(wanted: list[int], numbered: bool, tick: Fraction, origin: float, damage: Counter[str]) -> bool:
+        places: dict[int, list[int]] = {}
+        for place, key in enumerate(wanted):
+            places.setdefault(key, []).append(place)
         for key, _, frame in _keyed_frames(path, numbered, damage):
-            if key in missing:
+            if key in places:
                 damage["video"] += frame.is_corrupt
-                got[key] = resize(_upright(path, frame), size, antialias)
-                missing.remove(key)
-                if not missing:
-                    break
-        return got
+                take(places.pop(key), float(key * tick) - origin, _upright(path, frame))
+                if not places:
+                    return True
+        return False
 
     if source.shown is not None:
         found: Counter[str] = Counter()
-        wanted = _sample(source.shown, source.tick, source.step, source.origin, count, rate)
-        got = decode(wanted, False, found)
-        if len(got) == len(set(wanted)):
+        wanted = choose(_extracted(source.shown, source.tick, source.step, source.origin, rate))
+        if decode(wanted, False, source.tick, source.origin, found):
             damage.update(found)
-            return torch.stack([got[key] for key in wanted])
+            return
     # The packets did not tell which frames can be shown: the decoder does, at the price of decoding twice.
     numbered = source.shown is None
     shown = sorted((key, length) for key, length, _ in _keyed_frames(path, numbered, Counter()))
@@ -881,9 +944,7 @@ def _sampled_video(
     tick = source.step if numbered else source.tick
     origin = min(source.origin, float(shown[0][0] * tick))
     _check_duration(path, float(shown[-1][0] * tick) - origin)
-    wanted = _sample(shown, tick, source.step, origin, count, rate)
-    got = decode(wanted, numbered, damage)
-    return torch.stack([got[key] for key in wanted])
+    decode(choose(_extracted(shown, tick, source.step, origin, rate)), numbered, tick, origin, damage)
 
 
 def _upright(path: str, frame: av.VideoFrame) -> np.ndarray:

@@ -16,12 +16,13 @@ from lavish_fast import backbones, checkpoint, ops, tasks
 from lavish_fast.adapter import BlockAdapters, LavishAdapter
 from lavish_fast.backbones import PLACES, Encoded
 from lavish_fast.config import Config
+from lavish_fast.vggish import VGGish
 
 
 class Network(nn.Module):
     """What a model and its faster forms share: from the released call's arguments to the head's outputs.
 
-    Each has `config`, `head`, `encode(*streams)` and `frozen(images)`.
+    Each has `config`, `head`, `vggish` (or None), `encode(*streams)` and `frozen(images)`.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,11 +45,17 @@ class Network(nn.Module):
         """What `tasks.<task>.inputs` gives, in its order, to the head's outputs.
 
         Images of each stream, (n, 3, H, W), audio first; then what else the head takes, of which images go through the
-        frozen backbone alone.
+        frozen backbone alone, and patches of sound (n, 96, 64) through VGGish.
         """
         streams, extras = inputs[: len(self.config.streams)], inputs[len(self.config.streams) :]
-        extras = [self.frozen(x) if x.ndim == 4 else x for x in extras]
+        read = {4: self.frozen, 3: self.hear}
+        extras = [read[x.ndim](x) if x.ndim in read else x for x in extras]
         return self.read(self.encode(*streams), *extras)
+
+    @torch.no_grad()
+    def hear(self, patches: Tensor) -> Tensor:
+        """Log-mel patches (n, 96, 64) through the frozen VGGish: features (n, 128)."""
+        return self.vggish(patches[:, None].to(next(self.vggish.parameters()).dtype))
 
     def read(self, encoded: Encoded, *extras: Tensor) -> Any:
         """The head's outputs."""
@@ -98,6 +105,8 @@ class Model(Network):
             for width in config.backbone.block_widths[settings.first_block :]
         )
         self.head = tasks.load(config.task).Head(config)
+        heard = config.task == "ave" and config.head.vggish
+        self.vggish = VGGish().requires_grad_(False) if heard else None
 
     def features(self, *args: Any, **kwargs: Any) -> Tensor:
         """The streams' features side by side, (n, 2C), as the released networks have them, for `forward`'s arguments.
@@ -150,7 +159,7 @@ class Model(Network):
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """Parameters and BatchNorm buffers of adapters and head, by name."""
-        return {name: t for name, t in self.state_dict().items() if not name.startswith("backbone.")}
+        return {name: t for name, t in self.state_dict().items() if name.startswith(("adapters.", "head."))}
 
     def load_trainable_state_dict(self, tensors: Mapping[str, Tensor], what: str = "state dict") -> None:
         """Loads what `trainable_state_dict` gave, strictly. Raises: ValueError naming every tensor that is off."""
@@ -171,6 +180,23 @@ class Model(Network):
         what = "backbone" if isinstance(source, Mapping) else f"backbone {source}"
         tensors = backbones.own_names(self.config.backbone.kind, checkpoint.backbone_tensors(source))
         checkpoint.load_strict(self.backbone, tensors, what)
+        return self
+
+    def load_vggish(self, source: str | os.PathLike | Mapping[str, Tensor] | None = None) -> Model:
+        """Loads VGGish's weights, which are published as vggish-10086976.pth, and returns the model.
+
+        Args:
+            source: a file or a state dict; without it the configuration's `vggish_weights`.
+
+        Raises: ValueError or FileNotFoundError naming the source or the tensors that do not fit.
+        """
+        if self.vggish is None:
+            raise ValueError("vggish: expected a configuration with it beside, got one without")
+        source = self.config.head.vggish_weights if source is None else source
+        if source is None:
+            raise ValueError("vggish: expected a file of its weights, such as vggish-10086976.pth, got none")
+        tensors = dict(source) if isinstance(source, Mapping) else checkpoint.read_tensors(source)
+        checkpoint.load_strict(self.vggish, tensors, "vggish" if isinstance(source, Mapping) else f"vggish {source}")
         return self
 
     @classmethod
@@ -194,11 +220,12 @@ class Model(Network):
     ) -> None:
         """Writes config.json and model.safetensors (adapters and head only) as Hub libraries do, atomically each.
 
-        The frozen backbone is not written; its checksum is, so that another backbone is refused on loading.
+        The frozen backbone is not written, nor VGGish beside it; their checksums are, so that others are refused on
+        loading.
         """
         directory = Path(directory)
         checkpoint.write_text(directory / checkpoint.CONFIG_NAME, json.dumps(self.config.to_dict(), indent=2) + "\n")
-        metadata = {"format": "pt", "backbone_sha256": checkpoint.fingerprint(self.backbone)}
+        metadata = {"format": "pt"} | {f"{name}_sha256": value for name, value in self._fingerprints().items()}
         checkpoint.write_tensors(directory / checkpoint.WEIGHTS_NAME, self.trainable_state_dict(), metadata)
         if push_to_hub:
             from huggingface_hub import HfApi
@@ -208,19 +235,25 @@ class Model(Network):
             files = [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME]
             api.upload_folder(repo_id=name, folder_path=directory, allow_patterns=files)
 
+    def _fingerprints(self) -> dict[str, str]:
+        """Checksums of what is frozen, by name."""
+        frozen = {"backbone": self.backbone, "vggish": self.vggish}
+        return {name: checkpoint.fingerprint(module) for name, module in frozen.items() if module is not None}
+
     @classmethod
     def from_pretrained(
         cls,
         source: str | os.PathLike,
         *,
         backbone: str | os.PathLike | Mapping[str, Tensor] | None = None,
+        vggish: str | os.PathLike | Mapping[str, Tensor] | None = None,
         **hub_options: Any,
     ) -> Model:
         """The model that `save_pretrained` wrote, in evaluation mode.
 
         Args:
             source: a directory, or the name of a Hub repository.
-            backbone: where the frozen weights come from, as for `load_backbone`.
+            backbone, vggish: where the frozen weights come from, as for `load_backbone` and `load_vggish`.
             hub_options: `revision`, `token`, `cache_dir`, `local_files_only` ... of huggingface_hub.
 
         Raises: ValueError or FileNotFoundError naming the file, the tensors that do not fit, or a backbone whose
@@ -238,12 +271,14 @@ class Model(Network):
         model = cls(config)
         model.load_trainable_state_dict(tensors, str(directory / checkpoint.WEIGHTS_NAME))
         model.load_backbone(backbone)
-        expected = checkpoint.read_metadata(directory / checkpoint.WEIGHTS_NAME).get("backbone_sha256")
-        got = checkpoint.fingerprint(model.backbone)
-        if expected != got:
-            raise ValueError(
-                f"{source}: expected the backbone it was trained on (checksum {str(expected)[:12]}), got {got[:12]}"
-            )
+        if model.vggish is not None:
+            model.load_vggish(vggish)
+        written = checkpoint.read_metadata(directory / checkpoint.WEIGHTS_NAME)
+        for name, got in model._fingerprints().items():
+            if (expected := written.get(f"{name}_sha256")) != got:
+                raise ValueError(
+                    f"{source}: expected the {name} it was trained on (checksum {str(expected)[:12]}), got {got[:12]}"
+                )
         return model.eval()
 
 

@@ -123,7 +123,7 @@ def adapter(
         adapters: of each; LAV as `LavishAdapter.forward`.
         norm: the block's post-norm, where it has one. drop_path: of the frozen branch, in training.
 
-    Returns: the streams; from the kernel as one tensor (streams, n, N, C).
+    Returns: the streams; of one length from the kernel as one tensor (streams, n, N, C).
     """
     xs, branches = list(xs), list(branches)
     others = xs[::-1] if len(xs) == 2 else [None]
@@ -135,19 +135,27 @@ def adapter(
     reasons = partial(_adapter_reasons, xs, branches, adapters, latents, norm, drop_path, training, batch)
     if choose("adapter", path, xs[0], xs[0].shape[-1], reasons):
         summaries = None if latents[0] is None else gather_kernel.gather_latents(latents, others)
-        given, eps = (xs, branches, summaries, *_weights(adapters, norm)), _eps(adapters, norm)
-        if not training:
-            return adapter_kernel.adapter(*given, eps=eps)
-        out, statistics = training_kernel.adapter_training(*given, eps=eps, batch_statistics=batch)
-        if batch:
-            _track(adapters, statistics, xs[0].shape[:-1].numel())
-        return out
+        eps, outs = _eps(adapters, norm), []
+        for part in _launches(xs):
+            own = adapters[part]
+            given = xs[part], branches[part], None if summaries is None else summaries[part], *_weights(own, norm)
+            if not training:
+                outs.append(adapter_kernel.adapter(*given, eps=eps))
+                continue
+            out, statistics = training_kernel.adapter_training(*given, eps=eps, batch_statistics=batch)
+            if batch:
+                _track(own, statistics, given[0][0].shape[:-1].numel())
+            outs.append(out)
+        return outs[0] if len(outs) == 1 else [out[0] for out in outs]
     branches = [drop_path(b if norm is None else norm(b)) for b in branches]
     return [x + b + adapt(x, other) for x, b, adapt, other in zip(xs, branches, adapters, others, strict=True)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, path: str = "auto") -> Tensor:
-    """softmax(scale q kᵀ) v. q, k, v (n, heads, N, d) -> (n, heads, N, d)."""
+    """softmax(scale q kᵀ) v. q, k, v (n, heads, N, d) -> (n, heads, N, d). "auto" is PyTorch's kernel."""
+    if path == "auto":
+        _record("attention", q, "sdpa", ["PyTorch's kernel"], q.shape[-1])
+        return attention_kernels.attention(q, k, v, scale)
     choose("attention", path, q, q.shape[-1], lambda: ["there is no fused kernel for it"])
     return reference.attention(q, k, v, scale)
 
@@ -205,9 +213,17 @@ def _adapter_reasons(xs, branches, adapters, latents, norm, drop_path, training,
         found.append("expected both adapters in training or both in evaluation, got one of each")
     if latents[0] is not None:
         found += gather_kernel.reasons(latents, xs[::-1])
-    given = xs, branches, None, *_weights(adapters, norm)
-    found += training_kernel.reasons(*given, batch) if training else adapter_kernel.reasons(*given)
+    for part in _launches(xs):
+        given = xs[part], branches[part], None, *_weights(adapters[part], norm)
+        found += training_kernel.reasons(*given, batch) if training else adapter_kernel.reasons(*given)
     return list(dict.fromkeys(found))
+
+
+def _launches(xs: Sequence[Tensor]) -> list[slice]:
+    """The streams of each launch of the adapter's kernel: all at once, or one by one where their lengths differ."""
+    if all(x.shape == xs[0].shape for x in xs):
+        return [slice(0, len(xs))]
+    return [slice(i, i + 1) for i in range(len(xs))]
 
 
 @torch.no_grad()

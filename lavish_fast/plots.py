@@ -17,8 +17,11 @@ from torch import Tensor
 from lavish_fast import checkpoint, media
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    from PIL import Image
 
 _WIDTH, _LEFT, _RIGHT = 10.0, 1.1, 0.25  # inches
 _INNER = _WIDTH - _LEFT - _RIGHT
@@ -28,6 +31,7 @@ _LINES, _LEAST = 4, 0.05  # classes whose probability is drawn: at most so many,
 _COLUMNS = 5  # of the legend
 _DPI = 120
 
+MARK = "#d55e00"  # of what is heard in a picture
 _INK, _MUTED, _BACKGROUND = "#1f2933", "#7b8794", "#dde2e7"
 # Okabe and Ito's colours, which colour-blind people tell apart, and darker ones for the classes beyond them.
 _PALETTE = (
@@ -139,6 +143,136 @@ def overlay(pictures: Tensor, masks: Tensor) -> Tensor:
     return torch.where(masks[..., None], inside, 0.5 * grey + 110).round().clamp(0, 255).to(torch.uint8)
 
 
+def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str) -> Figure:
+    """A picture of what is heard in one clip: frames with their masks, the spectrogram, and the share that is marked.
+
+    Args:
+        clip: as `media.load_clip` gives it; T frames.
+        masks: (T, H, W), bool.
+        times: T seconds, at which the frames are shown.
+
+    Raises: ValueError when the shapes do not agree.
+    """
+    frames = len(clip.video)
+    if masks.ndim != 3 or not len(masks) == len(times) == frames:
+        raise ValueError(f"masks and times: expected {frames}, got {tuple(masks.shape)} and {len(times)}")
+    columns = min(frames, _MAX_THUMBNAILS)
+    lines = -(-frames // columns)
+    side = min(_INNER / columns, _MAX_THUMBNAIL)
+    heights = {"title": 0.35, "frames": lines * (side + 0.2), "sound": 1.35, "area": 0.9, "last axis": 0.3}
+    figure, axes = _rows(title, heights, ("frames", "sound", "area"), clip.duration)
+
+    pictures = media.denormalise(clip.video.cpu()).numpy()
+    _draw_sheet(axes["frames"], [marked(*pair) for pair in zip(pictures, masks.cpu().numpy())], times, columns, side)
+    _draw_sound(axes["sound"], clip.audio, clip.duration / len(clip.audio))
+    share = masks.float().mean((1, 2)).tolist()
+    axes["area"].fill_between(times, share, color=MARK, alpha=0.3, linewidth=0)
+    axes["area"].plot(times, share, color=MARK, linewidth=1.8, marker="o" if frames <= 30 else None, markersize=3.5)
+    axes["area"].set(ylim=(0, None if any(share) else 1))
+    axes["area"].yaxis.set_major_locator(_few_percents())
+    axes["area"].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes["area"].tick_params(axis="y", labelsize=8, colors=_MUTED, length=0)
+    axes["area"].grid(axis="y", color=_BACKGROUND, linewidth=0.8)
+    _name_row(axes["area"], "marked")
+    axes["area"].yaxis.set_label_coords(-0.03, 0.5)
+    _show_seconds(axes["area"])
+    return figure
+
+
+def marked(picture: np.ndarray, mask: np.ndarray | Image.Image) -> np.ndarray:
+    """A picture with a mask on it, coloured and with an outline.
+
+    (H, W, 3) uint8, and (h, w) bool or what `opacity` makes of it -> (H, W, 3) uint8.
+    """
+    import numpy as np
+    from PIL import Image
+
+    height, width = picture.shape[:2]
+    shown = opacity(mask, height, width) if isinstance(mask, np.ndarray) else mask
+    colour = Image.new("RGB", (width, height), MARK)
+    return np.asarray(Image.composite(colour, Image.fromarray(picture), shown))
+
+
+def opacity(mask: np.ndarray, height: int, width: int) -> Image.Image:
+    """The opacity of a mask (h, w), bool, on a picture of another size."""
+    import numpy as np
+    from PIL import Image, ImageChops, ImageFilter
+
+    # Blurred by half a pixel of its own and cut off again, so that a small mask has smooth edges on a large picture.
+    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+    grey = grey.filter(ImageFilter.GaussianBlur([max(0, (a / b - 1) / 2) for a, b in zip(grey.size, mask.T.shape)]))
+    inside = grey.point(lambda value: 8 * (value - 112))
+    core = inside
+    for _ in range(max(1, round(min(height, width) / 150))):  # pixels of the outline
+        core = core.filter(ImageFilter.MinFilter(3))
+    return ImageChops.subtract(inside, core.point(lambda value: 0.6 * value))
+
+
+def choice(
+    clip: media.Clip, best: Sequence[tuple[str, float]], *, title: str, what: str, below: str | None = None
+) -> Figure:
+    """A picture of one clip and of what it is taken for: frames, spectrogram, the most probable names.
+
+    Args:
+        clip: as `media.load_clip` gives it.
+        best: names and their probabilities, the most probable one first.
+        what: what the names are of, such as "answer".
+        below: a line below the title.
+    """
+    thumbnails = min(len(clip.video), _MAX_THUMBNAILS)
+    strip = min(_INNER / thumbnails, _MAX_THUMBNAIL)
+    heights = {
+        "title": 0.35 if below is None else 0.6,
+        "frames": strip,
+        "sound": 1.35,
+        "axis": 0.2,
+        what: 0.32 * len(best),
+        "space": 0.05,
+    }
+    figure, axes = _rows(title, heights, ("frames", "sound", what), clip.duration)
+    if below is not None:
+        high = figure.get_figheight()
+        figure.text(_LEFT / _WIDTH, 1 - 0.57 / high, below, fontsize=9, color=_MUTED, parse_math=False)
+    _draw_frames(
+        axes["frames"], media.denormalise(clip.video.cpu()), thumbnails, strip, clip.duration / len(clip.video)
+    )
+    _draw_sound(axes["sound"], clip.audio, clip.duration / len(clip.audio))
+    _show_seconds(axes["sound"])
+    _draw_bars(axes[what], best)
+    _name_row(axes[what], what)
+    return figure
+
+
+def latents(counts: Sequence[int], scores: Sequence[float], gflops: Sequence[float], score: str) -> Figure:
+    """Score and cost against the number of latent tokens, the paper's Figure 1.
+
+    Args:
+        counts: numbers of latent tokens, rising. scores: from 0 to 1. gflops: of one clip. score: the scores' name.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(_WIDTH, 3.6), dpi=_DPI, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    left, right = figure.subplots(1, 2)
+    for axes, values, colour, label in ((left, scores, _PALETTE[0], score), (right, gflops, _PALETTE[4], "GFLOPs")):
+        axes.plot(counts, values, color=colour, linewidth=1.8, marker="o", markersize=4)
+        _title_panel(axes, label if axes is left else f"{label} of one clip", "latent tokens")
+    best = max(range(len(counts)), key=lambda i: scores[i])
+    left.plot(counts[best], scores[best], "o", color="none", markeredgecolor=_PALETTE[0], markersize=12)
+    note = {"xytext": (0, 12), "textcoords": "offset points", "ha": "center", "fontsize": 9, "color": _INK}
+    left.annotate(f"{scores[best]:.1%}", (counts[best], scores[best]), **note)
+    left.margins(x=0.08, y=0.25)
+    left.set_xscale("log", base=2)
+    left.set_xticks(counts, [f"{count}" for count in counts])
+    left.minorticks_off()
+    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    right.margins(x=0.08, y=0.15)
+    right.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    right.ticklabel_format(useOffset=False)
+    return figure
+
+
 def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Loss and validation accuracy of each epoch.
 
@@ -156,14 +290,8 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
             epochs = [row for row in rows if "val_score" in row]
             x, y = [row["epoch"] for row in epochs], [row[key] for row in epochs]
             axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
-        axes.set_title(label, fontsize=11, color=_INK, loc="left")
-        axes.set_xlabel("epoch", fontsize=9, color=_MUTED)
+        _title_panel(axes, label, "epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(axis="y", color=_BACKGROUND, linewidth=0.8)
-        axes.tick_params(labelsize=9, colors=_MUTED, length=0)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(_BACKGROUND)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if history:
         for text in axes.legend(frameon=False, fontsize=9, labelcolor=_INK).get_texts():
@@ -173,17 +301,21 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file's bytes."""
+    return _drawn(figure, "png")
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # A file's name may be in a script that the font lacks: boxes are drawn, which is good enough.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format="png")
+        figure.savefig(buffer, format=kind)
     return buffer.getvalue()
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes the figure as a PNG file, atomically."""
-    data = png(figure)
+    """Writes the figure as a file of the kind that its name ends with, .png or .svg, atomically."""
+    data = _drawn(figure, os.fspath(path).rpartition(".")[2])
     checkpoint.write_atomically(path, lambda file: file.write_bytes(data))
 
 
@@ -215,6 +347,17 @@ def report(
         parts += ["<h2>Clips</h2>", *sections]
     page = _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(part for part in parts if part))
     checkpoint.write_text(path, page)
+
+
+def _title_panel(axes: Axes, title: str, x: str) -> None:
+    """The look of a panel with curves."""
+    axes.set_title(title, fontsize=11, color=_INK, loc="left")
+    axes.set_xlabel(x, fontsize=9, color=_MUTED)
+    axes.grid(axis="y", color=_BACKGROUND, linewidth=0.8)
+    axes.tick_params(labelsize=9, colors=_MUTED, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_BACKGROUND)
 
 
 # The rows of a picture over time
@@ -272,6 +415,39 @@ def _draw_frames(axes: Axes, pictures: Tensor, thumbnails: int, side: float, sec
         axes.imshow(picture, extent=(middle - half, middle + half, 0, 1), aspect="auto", interpolation="antialiased")
     axes.set(xlim=(0, span), ylim=(0, 1))
     _name_row(axes, "frames")
+
+
+def _draw_sheet(axes: Axes, pictures: Sequence[np.ndarray], times: Sequence[float], columns: int, side: float) -> None:
+    """Pictures in rows, the time above each, in a box that is `_INNER` inches wide."""
+    high = side + 0.2
+    lines = -(-len(pictures) // columns)
+    for i, (picture, time) in enumerate(zip(pictures, times)):
+        left, top = i % columns * side, (lines - i // columns) * high
+        axes.imshow(
+            picture,
+            extent=(left, left + side - 0.04, top - high + 0.02, top - 0.22),
+            aspect="auto",
+            interpolation="antialiased",
+        )
+        axes.text(left, top - 0.17, f"{time:.1f} s", fontsize=8, color=_MUTED, va="bottom")
+    axes.set(xlim=(0, _INNER), ylim=(0, lines * high))
+    _name_row(axes, "frames")
+
+
+def _draw_bars(axes: Axes, best: Sequence[tuple[str, float]]) -> None:
+    """A bar for each name, the first one on top, with name and probability beside it."""
+    axes.set(xlim=(0, 1), ylim=(len(best) - 0.5, -0.5))
+    for i, (name, p) in enumerate(best):
+        colour = _PALETTE[0] if i == 0 else "#b4bcc5"
+        axes.barh(i, 0.6 * p, 0.72, color=colour)
+        style = {"fontsize": 9.5, "va": "center", "parse_math": False, "fontweight": "bold" if i == 0 else "normal"}
+        axes.text(0.6 * p + 0.008, i, f"{p:.2f}  {name}", color=_INK, **style)
+
+
+def _few_percents() -> MaxNLocator:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=3, steps=[1, 2, 5, 10], min_n_ticks=2)
 
 
 def _draw_sound(axes: Axes, audio: Tensor, seconds: float) -> None:

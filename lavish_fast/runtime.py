@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from lavish_fast import ops, tasks
 from lavish_fast.adapter import BlockAdapters
@@ -208,7 +208,9 @@ class FastTraining(nn.Module):
             statistics = _Statistics(self.network)
             before = statistics.flat()
             samples = tuple(x.clone() for x in given)
-            self._graphed[rows] = torch.cuda.make_graphed_callables(classify, samples, allow_unused_input=True)
+            flat = _Flat(classify)
+            graphed = torch.cuda.make_graphed_callables(flat, samples, allow_unused_input=True)
+            self._graphed[rows] = lambda *inputs: flat.restored(graphed(*inputs))
             statistics.put(before)  # the runs before the capture are no steps
         if rows not in self._graphed:
             return classify
@@ -303,6 +305,24 @@ class _Classify(nn.Module):
             return self.network.classify(*inputs)
 
 
+class _Flat(nn.Module):
+    """A module's outputs as a tuple of tensors and of nothing else, which is what PyTorch makes graphs of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves, self._structure = tree_flatten(self.module(*inputs))
+        self._tensors = [isinstance(leaf, Tensor) for leaf in leaves]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def restored(self, outputs: tuple[Tensor, ...]) -> Any:
+        """The module's outputs of such a tuple; where there was no tensor there is None."""
+        given = iter(outputs)
+        return tree_unflatten([next(given) if tensor else None for tensor in self._tensors], self._structure)
+
+
 def _compile(parts: Iterable[nn.Module]) -> None:
     """Sends the modules' forward through torch.compile: once for all that are alike, for images of any number."""
     compiled: dict[Any, Callable] = {}
@@ -352,7 +372,7 @@ def explain(model: Model | Concatenated | Fast | FastTraining) -> Explanation:
 
     In inference, or in training for what `optimize` made for it.
 
-    Runs every block's ops on one image of zeros, as they are chosen by the tensors' device, type and shape.
+    Runs every block's ops on two images of zeros, as they are chosen by the tensors' device, type and shape.
 
     Raises: ValueError where the model asks for "fused" and a kernel cannot be had, with all the reasons.
     """
@@ -386,23 +406,28 @@ def explain(model: Model | Concatenated | Fast | FastTraining) -> Explanation:
 
 
 def _choices_by_block(network: nn.Module) -> Iterator[list[ops.Choice]]:
-    """What the ops of each block choose for one image, without what may be compiled."""
+    """What the ops of each block choose for two images, without what may be compiled."""
     streams, first = len(network.config.streams), network.config.adapter.first_block
     if isinstance(network, Concatenated):
         for block in network.blocks:
             size, norm = block.attention.size, block.p1.norm
-            x = norm.weight.new_zeros(streams, 1, size * size, len(norm.weight)).requires_grad_(network.training)
+            x = norm.weight.new_zeros(streams, 2, size * size, len(norm.weight)).requires_grad_(network.training)
             with ops.recording() as choices:
                 for part, given in ((block.attention, [x[0].repeat(1, 1, 3)]), (block.p1, [x, x]), (block.p2, [x, x])):
                     type(part).forward(part, *given)
             yield choices
         return
-    backbone, side = network.backbone, network.config.backbone.img_size
-    x = backbone.embed(next(network.parameters()).new_zeros(1, 3, side, side)).requires_grad_(network.training)
+    backbone, config = network.backbone, network.config
+    side, sound = config.backbone.img_size, config.spectrogram
+    shapes = {"audio": (3, sound.frames, sound.mel_bins), "video": (3, side, side)}
+    if config.images == 1 < config.frames:
+        shapes["video"] = (3, config.frames, side, side)
+    zeros = [next(network.parameters()).new_zeros(2, *shapes[stream]) for stream in config.streams]
+    xs = [backbone.embed(x).requires_grad_(network.training) for x in zeros]
     for i, (block, adapters) in enumerate(zip(backbone.blocks[first:], network.adapters), first):
-        x = backbone.enter(i, x)
+        xs = [backbone.enter(i, x) for x in xs]
         with ops.recording() as choices:
-            BlockAdapters.forward(adapters, block, [x] * streams)
+            BlockAdapters.forward(adapters, block, xs)
         yield choices
 
 
@@ -727,7 +752,9 @@ class Graphs:
                 last = min(first + most, rows)
                 parts.append(self._replay([x[first * len(x) // rows : last * len(x) // rows] for x in inputs]))
             self._done = stream.record_event()
-        return parts[0] if len(parts) == 1 else tree_map(lambda *outputs: torch.cat(outputs), *parts)
+        if len(parts) == 1:
+            return parts[0]
+        return tree_map(lambda *outputs: None if outputs[0] is None else torch.cat(outputs), *parts)
 
     def _replay(self, inputs: list[Tensor]) -> Any:
         rows, count = len(inputs[0]), len(inputs)
@@ -746,7 +773,7 @@ class Graphs:
             static[: len(x)].copy_(x)
         graph, outputs = self._graphs[count, size]
         graph.replay()
-        return tree_map(lambda x: x[: len(x) * rows // size].clone(), outputs)
+        return tree_map_only(Tensor, lambda x: x[: len(x) * rows // size].clone(), outputs)
 
 
 def _capture(function: Callable, inputs: Sequence[Tensor], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:

@@ -248,7 +248,7 @@ class _Run:
         )
         self.identity = {
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE},
-            "model": model.config.to_dict() | {"backbone_sha256": checkpoint.fingerprint(model.backbone)},
+            "model": model.config.to_dict() | model._fingerprints(),
             "train_clips": steps.clips,
             "processes": steps.world,
         }

@@ -383,7 +383,7 @@ def test_clips_without_sound_are_silent_and_counted(tmp_path):
     report = action.verify(tmp_path, make_config(), decode=True, workers=0)
     assert report.ok
     assert report.silent == ("v_Archery_g08_c01", "v_HandStandPushups_g09_c02", "v_Archery_g24_c01")
-    assert "clips without sound: 3" in str(report)
+    assert "fold 1, 3 clips without sound" in str(report)
     assert sum("silence" in note for note in report.notes) == 1
 
 

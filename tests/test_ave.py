@@ -332,7 +332,7 @@ def test_faulty_splits_are_named(tmp_path, fault, error, message):
 # The data set
 
 
-def fake_clip(path, *, frames, img_size, spectrogram, antialias=False):
+def fake_clip(path, *, frames, img_size, spectrogram, frame_rate, patches=False, antialias=False):
     """A clip that tells which file it is of; a file of one byte is a bad one."""
     if not Path(path).is_file():
         raise media.MediaError(path, "expected a file, got none")

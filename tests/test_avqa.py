@@ -700,7 +700,7 @@ def test_any_typed_question_is_encoded_or_refused(text):
 # The data set
 
 
-def fake_clip(path, *, frames, img_size, spectrogram, antialias=False):
+def fake_clip(path, *, frames, img_size, spectrogram, frame_rate, antialias=False):
     """A clip that tells which file it is of, and which frame a frame is; a file of one byte is a bad one."""
     if not Path(path).is_file():
         raise media.MediaError(path, "expected a file, got none")
@@ -759,7 +759,7 @@ def test_items(data):
     for modality in ("audio", "video"):
         alone = dataclasses.replace(config, modality=modality)
         assert "negative" not in avqa.Dataset(data, "train", alone)[0]
-    assert [q.video_id for q in avqa.Dataset(data, "train", config, skip=("b",)).questions] == ["a", "c", "d"]
+    assert [q.video_id for q in avqa.Dataset(data, "train", config, skip=("b",)).rows] == ["a", "c", "d"]
     assert avqa.Dataset(data, "train", config).metric().types["2"] == ("Audio", "Counting")
 
 
@@ -915,7 +915,7 @@ def test_verify_of_a_whole_data_set(data):
     assert report.missing == {"train": (), "val": (), "test": ()}
     text = str(report)
     for expected in (
-        "questions: train 4, val 1, test 1",
+        "splits: train 4, val 1, test 1",
         f"note: val: {data}/json/avqa-val.json",
         "note: 1 videos are in train and val: b",
     ):

@@ -95,6 +95,7 @@ def test_every_path_equals_the_truth(name, mode, monkeypatch):
         },
         ("ave", "training"): {"reference", "released", "released-bmm", "concatenated", "optimized"},
         ("backbone", "inference"): {"reference", "timm"},
+        **{("networks", mode): {"reference", "optimized"} for mode in MODES},
         **{("adapter", mode): {"reference", "released", "released-bmm"} for mode in MODES},
         **{
             ("window_attention", mode): {"reference", "timm-order", "sdpa-math", "sdpa-flash", "sdpa"} for mode in MODES

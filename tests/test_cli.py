@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 
 import lavish_fast
 from lavish_fast import Config, Model, checkpoint, cli, media, ops, training
+from lavish_fast.commands import info, localize, terminal, watch
+from lavish_fast.commands import train as train_command
 from lavish_fast.config import TrainConfig
 from parity import tiny_config
 
@@ -164,26 +166,26 @@ def test_localize_takes_folders_and_names_each_picture(run, options, videos, tmp
 
 def test_pictures_of_equal_names_are_told_apart():
     files = [Path(name) for name in ("a.mp4", "x/a.mov", "A.mkv", "a-2.mp4", "b.mp4")]
-    assert cli._picture_names(files) == ["a.png", "a-2.png", "A-3.png", "a-2-2.png", "b.png"]
+    assert watch.places(files) == ["a", "a-2", "A-3", "a-2-2", "b"]
 
 
 def test_a_long_clip_in_chunks_equals_the_clip_at_once(trained):
     model = Model.from_pretrained(trained / "checkpoint", backbone=trained / "backbone.safetensors")
     clip = media.Clip(torch.randn(23, 32, 32), torch.randn(23, 3, 32, 32), 23.0)
     with torch.no_grad():
-        torch.testing.assert_close(cli._probabilities(model, clip), model(clip.audio[None], clip.video[None]))
+        torch.testing.assert_close(localize.per_second(model, clip), model(clip.audio[None], clip.video[None]))
 
 
 def test_summary_merges_neighbours_and_leaves_background_out():
     p = torch.tensor([[0.1, 0.1, 0.8], [0.9, 0.05, 0.05], [0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.7, 0.2, 0.1]])
-    rows = cli._segments(p, p.argmax(1), CLASSES, 1.06)
-    assert cli._summary(rows) == "Bell 1.1-3.2 s (0.85); Drum [low] 3.2-4.2 s (0.60); Bell 4.2-5.3 s (0.70)"
-    assert cli._summary(rows[:1]) == "none"
+    rows = localize.segments(p, p.argmax(1), CLASSES, 1.06)
+    assert localize.summary(rows) == "Bell 1.1-3.2 s (0.85); Drum [low] 3.2-4.2 s (0.60); Bell 4.2-5.3 s (0.70)"
+    assert localize.summary(rows[:1]) == "none"
     assert [row["end"] for row in rows] == [1.06, 2.12, 3.18, 4.24, 5.3]
 
 
 def test_names_of_files_cannot_write_to_the_terminal():
-    assert cli._printable("a\x1b[31m\n\udcff.mp4") == "a\ufffd[31m\ufffd\ufffd.mp4"
+    assert terminal.printable("a\x1b[31m\n\udcff.mp4") == "a\ufffd[31m\ufffd\ufffd.mp4"
 
 
 # Bad usage is 2, failed work is 1, each with one line
@@ -211,7 +213,8 @@ def test_bad_usage(run, options, trained, dataset, tmp_path):
         ((*train, "--backbone", "no/file.pt", "--preset", "ave-vit-tiny"), ("no/file.pt", "got none")),
         (("train", "avx", "--data", dataset, "--out", tmp_path), ("task", "avx")),
         (("evaluate", "ave", "--data", dataset, *options, "--batch-size", 0), ("batch_size", "got 0")),
-        (("prepare", "ave", "--data", tmp_path / "missing"), ("--data", "missing")),
+        (("prepare", "ave", tmp_path / "missing"), ("DIR", "missing", "AVE-ECCV18")),
+        (("prepare", "action", dataset, "--extract"), ("action", "ave, avs or avqa")),
         (("listen",), ("listen",)),
         (("info", "--loud"), ("--loud",)),
     ]
@@ -349,7 +352,7 @@ def test_every_training_option_arrives(run, train_options, monkeypatch):
     wanted = TrainConfig(3, 4, 0.1, 0.2, 5, 0.6, 7, 8, "fp16", 9, 10, 11, "stop", True)
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     assert all(getattr(wanted, name) != getattr(TrainConfig(), name) for name in names)
-    defaults = {name: inspect.signature(cli.train).parameters[name].default for name in names}
+    defaults = {name: inspect.signature(train_command.train).parameters[name].default for name in names}
     assert TrainConfig(**{name: value for name, value in defaults.items() if value is not None}) == TrainConfig()
 
     calls = []
@@ -382,22 +385,22 @@ def test_under_torchrun_one_process_speaks(train_options, tmp_path):
 
 def test_prepare_says_what_is_missing(run, tmp_path):
     write_dataset(tmp_path)
-    result = run("prepare", "ave", "--data", tmp_path)
+    result = run("prepare", "ave", tmp_path)
     assert result.code == 0, result.out
     assert "nothing is missing" in result.out
 
     (tmp_path / "AVE" / "clip3.mp4").unlink()
     (tmp_path / "AVE" / "clip4.mp4").write_text("no video")
-    result = run("prepare", "ave", "--data", tmp_path)
+    result = run("prepare", "ave", tmp_path)
     assert result.code == 1
     assert "problem: val: 1 of 2 videos have no media: clip3\n" in result.out
     assert "clip4" not in result.out
-    result = run("prepare", "ave", "--data", tmp_path, "--decode")
+    result = run("prepare", "ave", tmp_path, "--decode")
     assert result.code == 1
     assert re.search("problem: .*clip4.mp4: expected a media file", result.out)
 
     (tmp_path / "Annotations.txt").write_text("Bell&clip0&good&0\n")
-    result = run("prepare", "ave", "--data", tmp_path)
+    result = run("prepare", "ave", tmp_path)
     assert result.code == 1
     assert "Annotations.txt, line 1" in result.out
 
@@ -415,7 +418,7 @@ def test_info_without_triton_and_with_a_broken_xformers(run, monkeypatch, tmp_pa
     assert torch.__version__ in lines["torch"]
     assert f"{torch.get_num_threads()} threads" in lines["cpu"]
     for op in ops.OPS:
-        choice = next(choice for choice in cli._paths() if choice.op == op)
+        choice = next(choice for choice in info._paths() if choice.op == op)
         assert choice.path in lines[op]
         assert "; ".join(choice.reasons) in lines[op]
 
@@ -425,23 +428,37 @@ def test_info_shows_what_a_package_logs_instead_of_failing(monkeypatch, tmp_path
         "import logging\n__version__ = '1.2'\nlogging.getLogger('grumbling').warning('no\\n CUDA extension')"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert cli._version("grumbling") == "1.2 (no CUDA extension)"
+    assert info._version("grumbling") == "1.2 (no CUDA extension)"
+
+
+COMMANDS = [
+    ["demo"],
+    ["localize"],
+    ["segment"],
+    ["answer"],
+    ["classify"],
+    ["prepare"],
+    ["train"],
+    ["evaluate"],
+    ["info"],
+]
+COMMANDS += [["sweep"], ["sweep", "latents"]]
 
 
 def test_help_and_version(run):
     assert run("--version").out == f"lavish_fast {lavish_fast.__version__}\n"
     help = run("--help")
     assert help.code == 0
-    for command in ("demo", "localize", "train", "evaluate", "prepare", "info"):
-        assert re.search(rf"\b{command}\b", help.out)
-        assert run(command, "--help").code == 0
+    for command in COMMANDS:
+        assert re.search(rf"\b{command[0]}\b", help.out)
+        assert run(*command, "--help").code == 0
     bare = run()
     assert (bare.code, bare.err) == (2, "")
     assert "Usage" in bare.out + bare.err
 
 
 def test_help_fits_80_columns():
-    for args in ([], ["localize"], ["train"], ["evaluate"]):
+    for args in ([], *COMMANDS):
         result = CliRunner().invoke(cli.app, [*args, "--help"], env={"COLUMNS": "80"}, obj=SimpleNamespace())
         assert result.exit_code == 0
         assert max(map(len, result.output.splitlines())) <= 80

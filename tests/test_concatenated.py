@@ -163,15 +163,16 @@ def pretended_graphs(module, inputs, allow_unused_input):
     """make_graphed_callables as far as it shows: runs beforehand, and gradients that the next backward overwrites."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for _ in range(3):
-        torch.autograd.grad(module(*inputs).sum(), parameters)
+        (out,) = module(*inputs)
+        torch.autograd.grad(out.sum(), parameters)
     static = [torch.zeros_like(p) for p in parameters]
 
     class Graph(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *given):
             with torch.enable_grad():
-                ctx.out = module(*given[: len(inputs)])
-            return ctx.out.detach()
+                (ctx.out,) = module(*given[: len(inputs)])
+            return (ctx.out.detach(),)
 
         @staticmethod
         def backward(ctx, gradient):

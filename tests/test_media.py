@@ -13,10 +13,12 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lavish_fast import media
 from lavish_fast.config import VIT_SPECTROGRAM, SpectrogramConfig
 from lavish_fast.media import MediaError, denormalise, fbank, fbank_reference, load_clip, load_clips, spectrograms
+from lavish_fast.vggish import log_mel_patches
 
 SWIN = SpectrogramConfig()
 # The colour of a second of film, far enough apart to survive any lossy codec.
@@ -801,3 +803,17 @@ def test_find_videos(tmp_path):
 def test_import_is_light():
     code = "import sys, lavish_fast.media; sys.exit(bool({'av', 'torchaudio', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_patches_for_vggish(tmp_path):
+    waveform = torch.randn(16000 * 4, generator=torch.Generator().manual_seed(0)).clamp(-3, 3) / 10
+    patches = media._patches(waveform, 4)
+    assert patches.shape == (4, 96, 64)
+    for i, start in enumerate(np.linspace(0, 64000 - 15600, 4, dtype=int)):
+        assert torch.equal(patches[i], log_mel_patches(waveform[start : start + 15600])[0])
+    assert torch.equal(media._patches(waveform[:100], 2)[1], log_mel_patches(F.pad(waveform[:100], (0, 15500)))[0])
+    assert torch.equal(media._patches(waveform[:0], 1), log_mel_patches(torch.zeros(15600)))
+    path = encode(tmp_path / "a.mkv", film(2), waveform.numpy()[None], 16000, sound_codec="flac")
+    assert load_clip(path, frames=3, img_size=8).patches is None
+    heard = load_clip(path, frames=3, img_size=8, patches=True).patches
+    torch.testing.assert_close(heard, media._patches(waveform, 3), rtol=0, atol=5e-3)

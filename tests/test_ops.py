@@ -32,6 +32,22 @@ def test_fused_raises_with_every_reason():
         ops.attention(q, q, q, 1.0, path="fused")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_takes_pytorchs_kernel_unless_told_otherwise(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (x.to(dtype).requires_grad_() for x in torch.randn(3, 2, 3, 37, 8, generator=generator) * 3)
+    found = {}
+    for path in ("auto", "reference"):
+        with ops.recording() as choices, torch.autocast("cpu", torch.bfloat16):
+            out = ops.attention(q, k, v, 0.5, path=path)
+        assert [choice.path for choice in choices] == [{"auto": "sdpa"}.get(path, path)]
+        assert out.dtype == dtype
+        found[path] = [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for got, expected in zip(*found.values()):
+        assert (got - expected).norm() <= limit * expected.norm()
+
+
 def test_without_triton_the_reason_is_named(monkeypatch):
     monkeypatch.setattr(_checks, "_INSTALLED", False)
     for name in ("gather_kernel", "adapter_kernel", "window_kernel"):

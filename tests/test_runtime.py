@@ -199,11 +199,24 @@ def test_graphs_pad_to_the_next_size_and_share_their_memory(log):
     assert len(buffers) == 1
 
 
-def test_graphs_of_inputs_with_a_row_per_so_many_images(log):
+def test_graphs_of_inputs_with_a_row_per_so_many_images(log, monkeypatch):
     def function(images, questions=None):
         first = images.view(-1, 2, 5).sum(1)
         return images + 1, first if questions is None else first + questions
 
+    class Recorded:
+        def __init__(self, function, own, outputs):
+            self.call, self.outputs, self.pool = lambda: function(*own), outputs, lambda: self
+
+        def replay(self):
+            for static, x in zip(self.outputs, self.call(), strict=True):
+                static.copy_(x)
+
+    def capture(function, own, pool):
+        outputs = function(*own)
+        return Recorded(function, own, outputs), outputs
+
+    monkeypatch.setattr(runtime, "_capture", capture)
     graphs = Graphs(function, [4, 8])
     (images,) = inputs((12, 5))
     (questions,) = inputs((6, 5))

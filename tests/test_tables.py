@@ -140,10 +140,22 @@ def test_parameters_of_the_presets():
     assert (size.adapters, size.head, size.trainable) == (8_447_808, 1_588_253, 10_036_061)
     cells = dict(zip(header(tables.parameters()), lines(tables.parameters())[0]))
     expected = {"adapters": "8,447,808", "head": "1,588,253", "trainable": "10,036,061"}
-    assert cells.items() >= (expected | {"trainable M": "10.04", "the paper's M": "10.1"}).items()
+    assert cells.items() >= (expected | {"M": "10.04", "paper's M": "10.1"}).items()
     assert cells["frozen"] == f"{size.frozen:,}"
     assert [line[0] for line in lines(tables.parameters())] == list(Config.presets())
     assert [line[5] for line in lines(tables.parameters())][1:] == [""] * (len(Config.presets()) - 1)
+
+
+def test_speeds_of_the_presets():
+    of = {"setting": {"network": "avs-swinv2-tiny"}}
+    rows = [row("networks", 2, **of), row("networks", 9, dtype="bfloat16", **of)]
+    rows += [row("networks", speed, path="optimized", execution="own", **of) for speed in (3, 5)]
+    rows += [failed("wrong", case="networks", path="optimized", setting={"network": "ave-vit-tiny"})]
+    found = {line[1]: line for line in lines(tables.networks(rows, "paper"))}
+    assert list(found) == list(Config.presets())
+    assert found["avs-swinv2-tiny"][3:] == ["2.00", "5.00", "2.50x", "optimized own float32", "1.0e-07"]
+    assert found["ave-vit-tiny"][3:] == ["not measured", "not measured", "", "1 wrong", ""]
+    assert found["ave-swinv2-large"][:3] == ["ave", "ave-swinv2-large", "10.04"]
 
 
 def test_counts_agree_with_a_network_that_has_memory():
@@ -372,7 +384,7 @@ def test_a_headline_without_rows_says_so():
 
 def test_the_report_is_in_order_and_fits_a_terminal():
     made = tables.report([*TABLE_4_ROWS, *latents_rows(), row("mbt", 5)], "paper")
-    starts = ["LAVISH with all", "Table 2", "Table 4", "Figure 1", "Parameters"]
+    starts = ["LAVISH with all", "Table 2", "Table 4", "Figure 1", "Parameters", "Inference of the presets"]
     assert [str(table.title)[: len(start)] for table, start in zip(made, starts, strict=True)] == starts
     for table in made:
         text = printed(table)
@@ -392,7 +404,7 @@ def test_write_leaves_markdown_and_pictures(tmp_path):
     paths = tables.write(tmp_path / "rows", "paper", out)
     assert paths == [out / name for name in ("tables.md", "figure_1.svg", "figure_1.png")]
     text = paths[0].read_text()
-    assert text.count("### ") == 5
+    assert text.count("### ") == 6
     assert "| inference | CMBS, float64 as published | 3.00 | 0.72 | 2 | reference eager float64 | 1.0e-07 |" in text
     assert "|  | LAVISH / CMBS, as published | 2.00x | 1.94x |  |  |  |" in text
     assert "| :--- | :--- | ---: | ---: | ---: | :--- | ---: |" in text

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchaudio.compliance import kaldi
 
-from benchmarks.baselines.vggish import VGGish, _mel_weights, log_mel_patches
+from lavish_fast.vggish import VGGish, _mel_weights, log_mel_patches
 from parity import relative_error
 
 CONVOLUTIONS = {0: (1, 64), 3: (64, 128), 6: (128, 256), 8: (256, 256), 11: (256, 512), 13: (512, 512)}

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines.vggish import VGGish
 from lavish_fast import backbones
 from lavish_fast.backbones import PLACES
 from lavish_fast.config import Config, SwinV2Config
+from lavish_fast.vggish import VGGish
 
 # What the released head creates and never uses.
 _DEAD = re.compile(

@@ -16,6 +16,8 @@ from lavish_fast.config import ViTConfig
 
 
 class Attention(nn.Module):
+    path = "auto"  # "reference", or else PyTorch's kernel
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -24,7 +26,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        out = ops.attention(q, k, v, q.shape[-1] ** -0.5)
+        path = "reference" if self.path == "reference" else "auto"
+        out = ops.attention(q, k, v, q.shape[-1] ** -0.5, path=path)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

@@ -12,7 +12,8 @@ What the rest of the package calls in each of them:
 - `kept(outputs, clips)`: what evaluation keeps of each clip, a tensor with a row for each.
 - `Dataset(root, split, config)`: items are dicts with the model's arguments by name, "labels" and "id", or the
   `media.MediaError` of a clip that cannot be read; `metric()` makes its `Metric`.
-- `settle(config, root)`: the configuration with what the data set fixes. `verify(root, config)`: a `Report`.
+- `settle(config, root)`: the configuration with what the data set fixes. `verify(root, config)`: a `Report`, with
+  `decode=True` of every file too; its `progress` is called with the files tried and the files in all.
 - `HEAD_NAMES`: dotted prefixes of the head's tensors in the released state dict, and ours below "head."; None for
   entries that the released network never reads.
 - `fitted(config, tensors)`: the configuration with what the tensors' shapes say and the released options do not.
@@ -21,8 +22,11 @@ What the rest of the package calls in each of them:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +37,10 @@ from lavish_fast.backbones import Encoded
 from lavish_fast.config import Config
 
 if TYPE_CHECKING:
-    from lavish_fast.media import MediaError
+    from lavish_fast.media import Clip, MediaError
+
+
+SPLITS = ("train", "val", "test")
 
 
 def load(name: str) -> ModuleType:
@@ -52,7 +59,7 @@ def frames(config: Config, name: str, x: Any, side: int | None = None) -> Tensor
     Raises: ValueError naming the input, what was expected and what came.
     """
     side = side or config.backbone.img_size
-    return _checked(name, x, (3, side, side)).flatten(0, 1)
+    return checked(name, x, (3, side, side)).flatten(0, 1)
 
 
 def spectrograms(config: Config, name: str, x: Any) -> Tensor:
@@ -67,10 +74,11 @@ def spectrograms(config: Config, name: str, x: Any) -> Tensor:
     shape = (
         (side, side) if config.backbone.kind == "swinv2" else (config.spectrogram.frames, config.spectrogram.mel_bins)
     )
-    return _checked(name, x, shape).unsqueeze(2).expand(-1, -1, 3, -1, -1).flatten(0, 1)
+    return checked(name, x, shape).unsqueeze(2).expand(-1, -1, 3, -1, -1).flatten(0, 1)
 
 
-def _checked(name: str, x: Any, shape: tuple[int, ...]) -> Tensor:
+def checked(name: str, x: Any, shape: tuple[int, ...]) -> Tensor:
+    """An input once it is known to be a floating tensor (B, T, *shape). Raises: ValueError that names it."""
     wanted = f"{name}: expected a floating tensor (B, T, {', '.join(map(str, shape))})"
     if not isinstance(x, Tensor):
         raise ValueError(f"{wanted}, got {type(x).__name__}")
@@ -129,6 +137,130 @@ def collate(items: Iterable[dict[str, Any] | MediaError]) -> Batch:
     return Batch(stacked, labels, tuple(clip["id"] for clip in clips), tuple(failed))
 
 
+class Clips(torch.utils.data.Dataset):
+    """What the tasks' data sets share: arguments, and clips that are decoded once if they are to be kept.
+
+    rows: of the data set's list, one an item.
+    """
+
+    rows: Sequence[Any]
+
+    def __init__(self, root: str | os.PathLike, split: str, config: Config, *, antialias: bool, cache: bool) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        self.root, self.config, self.antialias = Path(root), config, antialias
+        self._cache: dict[str, Any] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
+        from lavish_fast.media import MediaError
+
+        try:
+            return self.item(index)
+        except MediaError as error:
+            return error
+
+    def item(self, index: int) -> dict[str, Any]:
+        """An item. Raises: `media.MediaError` for a clip that cannot be read."""
+        raise NotImplementedError
+
+    def metric(self) -> Any:
+        """What the split is measured by."""
+        return load(self.config.task).Metric()
+
+    def kept(self, name: str, read: Callable[[], Any]) -> Any:
+        """What `read` gives for a clip, or gave before, if clips are to be kept."""
+        if self._cache and name in self._cache:
+            return self._cache[name]
+        found = read()
+        if self._cache is not None:
+            self._cache[name] = found
+        return found
+
+
+def warned(clip: Clip) -> Clip:
+    """The clip, after its warnings."""
+    for message in clip.warnings:
+        warnings.warn(message, stacklevel=2)
+    return clip
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a task's `verify` found.
+
+    splits: rows per split. missing: per split, the clips that lack files. undecodable: a line for each file that does
+    not decode. problems: sentences, each a reason why training would not see the whole data set. notes: what to know
+    besides.
+    """
+
+    splits: Mapping[str, int]
+    missing: Mapping[str, tuple[str, ...]]
+    undecodable: tuple[str, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def heading(self) -> str:
+        """On the list itself."""
+        return ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is missing or broken."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [self.heading] if self.heading else []
+        if self.splits:
+            lines.append("splits: " + ", ".join(f"{split} {size}" for split, size in self.splits.items()))
+        lines += [f"problem: {text}" for text in self.problems]
+        lines += [f"note: {text}" for text in self.notes]
+        return "\n".join(lines)
+
+
 def some(names: Sequence[str]) -> str:
     """The first of many names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What `decode` found: a line for each file that does not decode, the names of clips without sound, and notes."""
+
+    undecodable: tuple[str, ...]
+    silent: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def decode(
+    paths: Collection[str | os.PathLike],
+    *,
+    workers: int | None,
+    progress: Callable[[int, int], None] | None,
+    load: Callable[..., Clip] | None = None,
+    **options: Any,
+) -> Decoded:
+    """Tries every file of a data set. Arguments: as for `media.load_clips` and for the tasks' `verify`."""
+    from lavish_fast import media
+
+    undecodable, silent, warned = [], [], []
+    clips = media.load_clips(paths, workers=workers, load=load or media.load_clip, **options)
+    for tried, (path, clip) in enumerate(clips, 1):
+        if isinstance(clip, media.MediaError):
+            undecodable.append(str(clip))
+        else:
+            if clip.silent:
+                path = Path(path)
+                silent.append(path.stem if path.suffix.lower() in media.VIDEO_SUFFIXES else path.name)
+            warned += [message for message in clip.warnings if not message.endswith(media.SILENCE)]
+        if progress:
+            progress(tried, len(paths))
+    notes = []
+    if silent:
+        notes.append(f"{len(silent)} of {len(paths)} clips have no sound, {media.SILENCE}: {some(silent)}")
+    if warned:
+        notes.append(f"{len(warned)} warnings: {some(warned)}")
+    return Decoded(tuple(undecodable), tuple(silent), tuple(notes))

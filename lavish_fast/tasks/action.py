@@ -19,7 +19,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from pathlib import Path
@@ -29,14 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavish_fast import tasks
 from lavish_fast.config import UCF101_CLASSES, Config
 from lavish_fast.tasks import some
 
 if TYPE_CHECKING:
     from lavish_fast.backbones import Encoded
-    from lavish_fast.media import Clip, MediaError
+    from lavish_fast.media import Clip
 
-SPLITS = ("train", "val", "test")
 FOLDS = (1, 2, 3)
 VAL_GROUPS = (24, 25)
 
@@ -221,7 +221,7 @@ def read_splits(root: str | os.PathLike, classes: Sequence[str], fold: int = 1) 
     return _held_out(lists, files["train"])
 
 
-class Dataset(torch.utils.data.Dataset):
+class Dataset(tasks.Clips):
     """One split of a data set in UCF101's layout.
 
     Args:
@@ -252,42 +252,23 @@ class Dataset(torch.utils.data.Dataset):
         cache: bool = False,
         fold: int = 1,
     ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-        self.root = Path(root)
-        self.config = config
-        self.antialias = antialias
+        super().__init__(root, split, config, antialias=antialias, cache=cache)
         classes = classes_of(self.root)
         if problem := _class_problem(classes, config):
             raise ValueError(f"{self.root}: {problem}")
         self.rows = tuple(row for row in read_splits(self.root, classes, fold)[split] if row.id not in skip)
         self.silent: set[str] = set()
-        self._cache: dict[str, Clip] | None = {} if cache else None
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def metric(self) -> Metric:
-        """What the split is measured by."""
-        return Metric()
-
-    def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
-        from lavish_fast.media import MediaError
-
+    def item(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        try:
-            clip = self._load(row)
-        except MediaError as error:
-            return error
+        clip = self.kept(row.id, lambda: self._read(row))
         label = torch.tensor(self.config.classes.index(row.category))
         return {"audio": clip.audio, "video": clip.video, "labels": label, "id": row.id}
 
-    def _load(self, row: Row) -> Clip:
+    def _read(self, row: Row) -> Clip:
         from lavish_fast.media import SILENCE, load_clip
 
-        if self._cache and row.id in self._cache:
-            return self._cache[row.id]
-        clip = load_clip(_media_path(self.root, row), **_media_options(self.config), antialias=self.antialias)
+        clip = load_clip(_media_path(self.root, row), **media_options(self.config), antialias=self.antialias)
         if clip.silent and not self.silent:
             warnings.warn(f"{self.root}: has clips without sound, {SILENCE} (first {row.id})", stacklevel=3)
         if clip.silent:
@@ -295,55 +276,42 @@ class Dataset(torch.utils.data.Dataset):
         for message in clip.warnings:
             if not message.endswith(SILENCE):
                 warnings.warn(message, stacklevel=3)
-        if self._cache is not None:
-            self._cache[row.id] = clip
         return clip
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(tasks.Report):
     """What `verify` found.
 
-    classes: how many there are. fold: the one looked at. splits: clips per split. missing: per split, the clips
-    without a file. undecodable: a line for each file that does not decode. silent: ids of clips without sound; None
-    unless the files were decoded.
-    problems: sentences, each a reason why training would not see the whole data set. notes: what to know besides.
+    classes: how many there are. fold: the one looked at. silent: ids of clips without sound; None unless the files
+    were decoded. The rest as in `tasks.Report`.
     """
 
     classes: int
     fold: int
-    splits: Mapping[str, int]
-    missing: Mapping[str, tuple[str, ...]]
-    undecodable: tuple[str, ...]
     silent: tuple[str, ...] | None
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
 
     @property
-    def ok(self) -> bool:
-        """Whether nothing is missing or broken."""
-        return not self.problems
-
-    def __str__(self) -> str:
-        lines = [f"classInd.txt: {self.classes} classes"]
-        if self.splits:
-            sizes = ", ".join(f"{split} {size}" for split, size in self.splits.items())
-            lines.append(f"splits of fold {self.fold}: {sizes}")
-        if self.silent is not None:
-            lines.append(f"clips without sound: {len(self.silent)}")
-        lines += [f"problem: {text}" for text in self.problems]
-        lines += [f"note: {text}" for text in self.notes]
-        return "\n".join(lines)
+    def heading(self) -> str:
+        silent = "" if self.silent is None else f", {len(self.silent)} clips without sound"
+        return f"classInd.txt: {self.classes} classes; fold {self.fold}{silent}"
 
 
 def verify(
-    root: str | os.PathLike, config: Config, *, decode: bool = False, workers: int | None = None, fold: int = 1
+    root: str | os.PathLike,
+    config: Config,
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    fold: int = 1,
 ) -> Report:
     """Looks through a data set before training. Sizes other than UCF101's own are noted when the classes are its.
 
     Args:
         decode: also decode every file, in `workers` processes, by default one a CPU core, and count the clips
             without sound.
+        progress: called as progress(files decoded, files in all) after each.
         fold: the one to look at.
 
     Raises: ValueError for a fold other than 1, 2 and 3, nothing for a faulty data set; the report says what is wrong.
@@ -377,23 +345,13 @@ def verify(
     for split, absent in missing.items():
         if absent:
             problems.append(f"{split}: {len(absent)} of {len(splits[split])} clips have no file: {some(absent)}")
-    undecodable, silent = [], None
+    undecodable: tuple[str, ...] = ()
+    silent = None
     if decode:
-        from lavish_fast.media import SILENCE, MediaError, load_clips
-
-        silent, warned = [], []
-        ids = {paths[row]: row.id for row in paths if row in there}
-        for path, clip in load_clips(ids, workers=workers, **_media_options(config)):
-            if isinstance(clip, MediaError):
-                undecodable.append(str(clip))
-                continue
-            if clip.silent:
-                silent.append(ids[path])
-            warned += [message for message in clip.warnings if not message.endswith(SILENCE)]
-        if silent:
-            notes.append(f"{len(silent)} of {len(ids)} clips have no sound, {SILENCE}: {some(silent)}")
-        if warned:
-            notes.append(f"{len(warned)} warnings: {some(warned)}")
+        files = [paths[row] for row in paths if row in there]
+        decoded = tasks.decode(files, workers=workers, progress=progress, **media_options(config))
+        undecodable, silent = decoded.undecodable, decoded.silent
+        notes += decoded.notes
     problems += undecodable
 
     for a, b in combinations(splits, 2):
@@ -411,14 +369,14 @@ def verify(
         notes += [f"{name}: UCF101 has {ucf}, got {got}" for name, (ucf, got) in sizes.items() if ucf != got]
     sizes = {split: len(rows) for split, rows in splits.items()}
     return Report(
-        len(classes),
-        fold,
         sizes,
         missing,
-        tuple(undecodable),
-        None if silent is None else tuple(silent),
+        undecodable,
         tuple(problems),
         tuple(notes),
+        classes=len(classes),
+        fold=fold,
+        silent=None if silent is None else tuple(silent),
     )
 
 
@@ -520,6 +478,7 @@ def _media_path(root: Path, row: Row) -> Path:
     return inside if inside.is_file() else root / row.category / row.name
 
 
-def _media_options(config: Config) -> dict[str, Any]:
+def media_options(config: Config) -> dict[str, Any]:
+    """Arguments of `media.load_clip`."""
     options = {"frames": config.frames, "img_size": config.backbone.img_size, "spectrogram": config.spectrogram}
     return options | {"frame_rate": None}

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -23,13 +22,13 @@ from torch import Tensor, nn
 from lavish_fast import tasks
 from lavish_fast.backbones import Encoded
 from lavish_fast.config import AVE_CLASSES, Config
-from lavish_fast.tasks import some
+from lavish_fast.tasks import SPLITS, some
+from lavish_fast.vggish import FEATURES, PATCH
 
 if TYPE_CHECKING:
-    from lavish_fast.media import Clip, MediaError
+    from lavish_fast.media import Clip
 
 BACKGROUND = "background"
-SPLITS = ("train", "val", "test")
 RULES = ("argmax", "cmbs")
 
 _AVE_ROWS = 4143
@@ -41,7 +40,10 @@ HEAD_NAMES = {"mlp_class": "fc1", "mlp_class_2": "fc2"}
 
 
 class Head(nn.Module):
-    """Two linear maps with nothing between them, then a softmax: the released network's classifier."""
+    """Two linear maps with nothing between them, then a softmax: the released network's classifier.
+
+    With `vggish` the second reads VGGish's 128 features of each second as well (the paper's Table 3).
+    """
 
     reads_stages = False
 
@@ -49,25 +51,33 @@ class Head(nn.Module):
         super().__init__()
         self.config = config
         self.fc1 = nn.Linear(len(config.streams) * config.width, config.head.hidden)
-        self.fc2 = nn.Linear(config.head.hidden, len(config.classes))
+        beside = FEATURES if config.head.vggish else 0
+        self.fc2 = nn.Linear(config.head.hidden + beside, len(config.classes))
 
-    def forward(self, encoded: Encoded) -> Tensor:
-        """Class probabilities (B * T, K)."""
-        return torch.softmax(self.fc2(self.fc1(tasks.side_by_side(self.config, encoded))), dim=-1)
+    def forward(self, encoded: Encoded, *vggish: Tensor) -> Tensor:
+        """Class probabilities (B * T, K). vggish: its features (B * T, 128), where it is beside."""
+        hidden = self.fc1(tasks.side_by_side(self.config, encoded))
+        return torch.softmax(self.fc2(torch.cat([hidden, *(x.to(hidden.dtype) for x in vggish)], -1)), dim=-1)
 
 
-def inputs(config: Config, audio: Any, video: Tensor | None = None) -> dict[str, Tensor]:
+def inputs(config: Config, audio: Any, video: Tensor | None = None, patches: Tensor | None = None) -> dict[str, Tensor]:
     """What the backbone sees of each stream that runs, by name, audio first: (B * T, 3, H, W).
+
+    Then, with VGGish, its patches (B * T, 96, 64).
 
     Args:
         audio: spectrograms (B, T, frames, mel bins), or a list whose first entry is that; None if unused.
         video: frames (B, T, 3, S, S), ImageNet-normalised; None if unused.
+        patches: with VGGish, its log-mel patches (B, T, 96, 64), one for each second (`lavish_fast.vggish`).
 
     Raises: ValueError naming the input, what was expected and what came.
     """
     read = {"audio": tasks.spectrograms, "video": tasks.frames}
     given = {stream: {"audio": audio, "video": video}[stream] for stream in config.streams}
     found = {stream: read[stream](config, stream, x) for stream, x in given.items()}
+    if config.head.vggish:
+        given["patches"] = patches
+        found["patches"] = tasks.checked("patches", patches, PATCH).flatten(0, 1)
     tasks.check_clips(**given)
     return found
 
@@ -222,21 +232,22 @@ def read_splits(root: str | os.PathLike, annotations: Sequence[Annotation]) -> d
     raise FileNotFoundError(f"{root}: expected train_order.h5, trainSet.txt or train.txt there or in data/, got none")
 
 
-class Dataset(torch.utils.data.Dataset):
+class Dataset(tasks.Clips):
     """One split of a data set in AVE's layout.
 
     Args:
         root: the folder. Annotations.txt and the splits (see `read_splits`) lie in it or in its data/; a clip's
-            media are the first of AVE/ID.mp4, videos/ID.mp4, ID.mp4 (or another suffix of a video file), or else
-            frames/ID/*.jpg with audio/ID.wav.
+            media are frames/ID/*.jpg with audio/ID.wav where both are extracted, or else the first of AVE/ID.mp4,
+            videos/ID.mp4, ID.mp4 (or another suffix of a video file).
         split: "train", "val" or "test".
         config: gives T, the size of frames and spectrograms, and the classes, which must be the data set's.
         antialias: of the resizing, as for `media.load_clip`.
         skip: video ids to leave out.
         cache: keep decoded clips in memory, in each process that reads them (6 MB a clip at 192 x 192 pixels).
 
-    An item is a dict: audio (T, frames, mel bins) and video (T, 3, S, S) float32, labels (T,) int64, id. For a clip
-    that cannot be read it is the `media.MediaError` instead, which `tasks.collate` sets aside.
+    An item is a dict: audio (T, frames, mel bins) and video (T, 3, S, S) float32, labels (T,) int64, id; with VGGish
+    its patches (T, 96, 64) too. For a clip that cannot be read it is the `media.MediaError` instead, which
+    `tasks.collate` sets aside.
 
     Raises: FileNotFoundError or ValueError naming the file, what was expected and what came.
     """
@@ -251,85 +262,53 @@ class Dataset(torch.utils.data.Dataset):
         skip: Collection[str] = (),
         cache: bool = False,
     ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-        self.root = Path(root)
-        self.config = config
-        self.antialias = antialias
+        super().__init__(root, split, config, antialias=antialias, cache=cache)
         annotations = read_annotations(_annotations_path(self.root))
         if problem := _class_problem(annotations, config):
             raise ValueError(f"{self.root}: {problem}")
         indices = read_splits(self.root, annotations)[split]
         self.rows = tuple(annotations[i] for i in indices if annotations[i].video_id not in skip)
         self._media = _find_media(self.root)
-        self._cache: dict[str, Clip] | None = {} if cache else None
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def metric(self) -> Metric:
-        """What the split is measured by."""
-        return Metric()
-
-    def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
-        from lavish_fast.media import MediaError
-
+    def item(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        try:
-            clip = self._load(row.video_id)
-        except MediaError as error:
-            return error
+        clip = self.kept(row.video_id, lambda: self._read(row.video_id))
         labels = segment_labels(row, self.config.classes, self.config.frames)
-        return {"audio": clip.audio, "video": clip.video, "labels": labels, "id": row.video_id}
+        item = {"audio": clip.audio, "video": clip.video, "labels": labels, "id": row.video_id}
+        return item | ({} if clip.patches is None else {"patches": clip.patches})
 
-    def _load(self, video_id: str) -> Clip:
-        if self._cache and video_id in self._cache:
-            return self._cache[video_id]
+    def _read(self, video_id: str) -> Clip:
         path = self._media.get(video_id, self.root / "AVE" / f"{video_id}.mp4")
-        clip = _load_media(path, **_media_options(self.config), antialias=self.antialias)
-        for message in clip.warnings:
-            warnings.warn(message, stacklevel=2)
-        if self._cache is not None:
-            self._cache[video_id] = clip
-        return clip
+        options = _media_options(self.config) | {"patches": self.config.head.vggish}
+        return tasks.warned(_load_media(path, **options, antialias=self.antialias))
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(tasks.Report):
     """What `verify` found.
 
-    rows, header: of Annotations.txt. splits: rows per split. missing: per split, the videos without media.
-    duplicates: videos with more than one row. shared: videos in two splits, by "train and val" ...
-    undecodable: a line for each file that does not decode.
-    problems: sentences, each a reason why training would not see the whole data set. notes: what to know besides.
+    rows, header: of Annotations.txt. duplicates: videos with more than one row. shared: videos in two splits, by
+    "train and val" ... The rest as in `tasks.Report`.
     """
 
     rows: int
     header: bool
-    splits: Mapping[str, int]
-    missing: Mapping[str, tuple[str, ...]]
     duplicates: tuple[str, ...]
     shared: Mapping[str, tuple[str, ...]]
-    undecodable: tuple[str, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
 
     @property
-    def ok(self) -> bool:
-        """Whether nothing is missing or broken."""
-        return not self.problems
-
-    def __str__(self) -> str:
-        header = "with" if self.header else "without"
-        lines = [f"Annotations.txt: {self.rows} rows, {header} a header"]
-        if self.splits:
-            lines.append("splits: " + ", ".join(f"{split} {size}" for split, size in self.splits.items()))
-        lines += [f"problem: {text}" for text in self.problems]
-        lines += [f"note: {text}" for text in self.notes]
-        return "\n".join(lines)
+    def heading(self) -> str:
+        return f"Annotations.txt: {self.rows} rows, {'with' if self.header else 'without'} a header"
 
 
-def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, workers: int | None = None) -> Report:
+def verify(
+    root: str | os.PathLike,
+    config: Config,
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
     """Looks through a data set before training.
 
     Reported and not removed, for comparability: AVE has 45 videos with several rows, some of them in two splits
@@ -337,6 +316,7 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
 
     Args:
         decode: also decode every file, in `workers` processes, by default one a CPU core.
+        progress: called as progress(files decoded, files in all) after each.
 
     Raises: nothing for a faulty data set; the report says what is wrong.
     """
@@ -367,16 +347,13 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
     for split, absent in missing.items():
         if absent:
             problems.append(f"{split}: {len(absent)} of {len(ids[split])} videos have no media: {some(absent)}")
-    undecodable = []
+    undecodable: tuple[str, ...] = ()
     if decode:
-        from lavish_fast.media import MediaError, load_clips
-
         paths = [media[i] for i in dict.fromkeys(chain(*ids.values())) if i in media]
-        for _, clip in load_clips(paths, workers=workers, load=_load_media, **_media_options(config)):
-            if isinstance(clip, MediaError):
-                undecodable.append(str(clip))
-            else:
-                notes += clip.warnings
+        options = {"workers": workers, "progress": progress, "load": _load_media} | _media_options(config)
+        found = tasks.decode(paths, **options)
+        undecodable = found.undecodable
+        notes += found.notes
     problems += undecodable
 
     duplicates = tuple(i for i, count in Counter(row.video_id for row in annotations).items() if count > 1)
@@ -398,9 +375,8 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
         sizes |= {split: (_AVE_SPLITS[split], len(indices)) for split, indices in splits.items()}
         notes += [f"{name}: AVE has {ave} rows, got {got}" for name, (ave, got) in sizes.items() if ave != got]
     sizes = {split: len(indices) for split, indices in splits.items()}
-    return Report(
-        len(rows), header, sizes, missing, duplicates, shared, tuple(undecodable), tuple(problems), tuple(notes)
-    )
+    found = (sizes, missing, undecodable, tuple(problems), tuple(notes))
+    return Report(*found, rows=len(rows), header=header, duplicates=duplicates, shared=shared)
 
 
 def _read_rows(path: Path) -> tuple[bool, list[Annotation | ValueError]]:
@@ -512,17 +488,22 @@ def _class_problem(annotations: Sequence[Annotation], config: Config) -> str | N
     return f"classes: expected the configuration's, number {index} {a!r}, got {b!r}"
 
 
-def _find_media(root: Path) -> dict[str, Path]:
-    """By video id: the video file, or the folder of frames that has a wav file."""
+def find_videos(root: Path) -> dict[str, Path]:
+    """The video files by id: of root/, its videos/ and its AVE/, of which the last one wins."""
     from lavish_fast.media import VIDEO_SUFFIXES
 
     found: dict[str, Path] = {}
-    frames = root / "frames"
-    if frames.is_dir():
-        found = {path.name: path for path in frames.iterdir() if _wav_path(path).is_file()}
-    for folder in (root, root / "videos", root / "AVE"):  # the last one wins
+    for folder in (root, root / "videos", root / "AVE"):
         if folder.is_dir():
             found |= {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES}
+    return found
+
+
+def _find_media(root: Path) -> dict[str, Path]:
+    """By video id: the folder of frames that has a wav file, or else the video file."""
+    found, frames = find_videos(root), root / "frames"
+    if frames.is_dir():
+        found |= {path.name: path for path in frames.iterdir() if _wav_path(path).is_file()}
     return found
 
 
@@ -534,9 +515,10 @@ def _media_options(config: Config) -> dict[str, Any]:
     return {"frames": config.frames, "img_size": config.backbone.img_size, "spectrogram": config.spectrogram}
 
 
-def _load_media(path: Path, **options: Any) -> Clip:
+def _load_media(path: Path, *, frame_rate: float | None = None, **options: Any) -> Clip:
+    """frame_rate: at which the released pipeline extracts a video's frames, if it is not `media.FRAME_RATE`."""
     from lavish_fast import media
 
     if path.is_dir():
         return media.load_frames_and_wav(path, _wav_path(path), **options)
-    return media.load_clip(path, **options)
+    return media.load_clip(path, frame_rate=frame_rate or media.FRAME_RATE, **options)

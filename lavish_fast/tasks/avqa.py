@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from lavish_fast import tasks
 from lavish_fast.backbones import Encoded
 from lavish_fast.config import Config
-from lavish_fast.tasks.avqa_data import Dataset, Metric, Report, verify
+from lavish_fast.tasks.avqa_data import Dataset, Metric, verify
 from lavish_fast.tasks.avqa_questions import PAD, encode_question, settle
 
-__all__ = ["HEAD_NAMES", "Dataset", "Head", "Metric", "Report"]
+__all__ = ["HEAD_NAMES", "Dataset", "Head", "Metric"]
 __all__ += ["encode_question", "fitted", "inputs", "kept", "loss", "settle", "verify"]
 
 ATTENTION_HEADS = 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lavish_fast import tasks
 from lavish_fast.config import Config
-from lavish_fast.tasks import some
+from lavish_fast.tasks import SPLITS, some
 from lavish_fast.tasks.ave import _find_media, _load_media, _media_options
 from lavish_fast.tasks.avqa_questions import (
-    SPLITS,
     TYPES,
     Question,
     answers,
@@ -30,20 +29,22 @@ from lavish_fast.tasks.avqa_questions import (
 )
 
 if TYPE_CHECKING:
-    from lavish_fast.media import Clip, MediaError
+    from lavish_fast.media import Clip
 
 # Questions of MUSIC-AVQA in json/, which the published results are of, and in json_update/; its vocabulary and answers.
 _SIZES = {"val": (4595, 4568), "test": (9185, 9129)}
 _WORDS, _ANSWERS = 93, 42
+FRAME_RATE = 1.0  # frames a second that MUSIC-AVQA extracts
 _TRIES = 8  # at reading a negative frame, where files are broken
 
 
-class Dataset(torch.utils.data.Dataset):
+class Dataset(tasks.Clips):
     """The questions of one split, each with its clip.
 
     Args:
-        root: the folder. For its questions see `questions_path`; a clip's media are the first of AVE/ID.mp4,
-            videos/ID.mp4, ID.mp4 (or another suffix of a video file), or else frames/ID/*.jpg with audio/ID.wav.
+        root: the folder. For its questions see `questions_path`; a clip's media are frames/ID/*.jpg with audio/ID.wav
+            where both are extracted, or else the first of AVE/ID.mp4, videos/ID.mp4, ID.mp4 (or another suffix of a
+            video file), of which frames are taken as MUSIC-AVQA extracts them, one a second.
         split: "train", "val" or "test".
         config: gives T, the size of frames and spectrograms, the vocabulary and the answers (see `settle`).
         antialias: of the resizing, as for `media.load_clip`.
@@ -73,15 +74,13 @@ class Dataset(torch.utils.data.Dataset):
         skip: Collection[str] = (),
         cache: bool = False,
     ) -> None:
+        super().__init__(root, split, config, antialias=antialias, cache=cache)
         path = questions_path(root, split)
-        self.root = Path(root)
-        self.config = config
-        self.antialias = antialias
-        self.questions = tuple(q for q in read_questions(path) if q.video_id not in skip)
+        self.rows = tuple(q for q in read_questions(path) if q.video_id not in skip)
         words = {word: i for i, word in enumerate(config.head.words)}
         classes = {answer: i for i, answer in enumerate(config.classes)}
         self._encoded, self._labels = [], []
-        for question in self.questions:
+        for question in self.rows:
             try:
                 self._encoded.append(encode(question.words, words, config.head.length))
             except ValueError as error:
@@ -91,33 +90,27 @@ class Dataset(torch.utils.data.Dataset):
                 raise ValueError(f"{path}: question {question.question_id}: {problem}")
             self._labels.append(torch.tensor(classes[question.answer]))
         self._media = _find_media(self.root)
-        self._cache: dict[str, Clip] | None = {} if cache else None
         self._others: list[str] | None = None
         if split == "train" and len(config.streams) == 2:
-            ids = [i for i in dict.fromkeys(q.video_id for q in self.questions) if i in self._media]
+            ids = [i for i in dict.fromkeys(q.video_id for q in self.rows) if i in self._media]
             self._others = [i for i in ids if self._media[i].is_dir()] or ids
 
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
-        from lavish_fast.media import MediaError
-
-        question = self.questions[index]
-        try:
-            clip = self._load(question.video_id)
-            item = {"audio": clip.audio, "positive": clip.video}
-            if self._others is not None:
-                item["negative"] = self._negative(question.video_id, index)
-        except MediaError as error:
-            return error
-        item |= {"question": self._encoded[index], "labels": self._labels[index], "id": str(question.question_id)}
-        return item
+    def item(self, index: int) -> dict[str, Any]:
+        question = self.rows[index]
+        clip = self._clip(question.video_id)
+        item = {"audio": clip.audio, "positive": clip.video}
+        if self._others is not None:
+            item["negative"] = self._negative(question.video_id, index)
+        return item | {
+            "question": self._encoded[index],
+            "labels": self._labels[index],
+            "id": str(question.question_id),
+        }
 
     def metric(self) -> Metric:
         """A metric that knows the type of each question. Raises: ValueError for an id with two types."""
         types: dict[str, tuple[str, str]] = {}
-        for question in self.questions:
+        for question in self.rows:
             name = str(question.question_id)
             if types.setdefault(name, question.kind) != question.kind:
                 raise ValueError(
@@ -145,21 +138,15 @@ class Dataset(torch.utils.data.Dataset):
 
         if self._path(others[0]).is_dir():
             return torch.stack([_first_readable(picture) for _ in range(frames)])
-        clip = _first_readable(lambda: self._load(draw(others)))
+        clip = _first_readable(lambda: self._clip(draw(others)))
         return clip.video[torch.randperm(frames, generator=generator)]
 
     def _path(self, video_id: str) -> Path:
         return self._media.get(video_id, self.root / "videos" / f"{video_id}.mp4")
 
-    def _load(self, video_id: str) -> Clip:
-        if self._cache and video_id in self._cache:
-            return self._cache[video_id]
-        clip = _load_media(self._path(video_id), **_media_options(self.config), antialias=self.antialias)
-        for message in clip.warnings:
-            warnings.warn(message, stacklevel=2)
-        if self._cache is not None:
-            self._cache[video_id] = clip
-        return clip
+    def _clip(self, video_id: str) -> Clip:
+        options = media_options(self.config) | {"antialias": self.antialias}
+        return self.kept(video_id, lambda: tasks.warned(_load_media(self._path(video_id), **options)))
 
 
 @dataclass
@@ -210,34 +197,14 @@ class Metric:
         return results | {"correct": self.correct.total(), "total": self.total.total()}
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `verify` found.
-
-    splits: questions per split. missing: per split, the videos without media. undecodable: a line for each file that
-    does not decode. problems: sentences, each a reason why training would not see the whole data set. notes: what to
-    know besides.
-    """
-
-    splits: Mapping[str, int]
-    missing: Mapping[str, tuple[str, ...]]
-    undecodable: tuple[str, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is missing or broken."""
-        return not self.problems
-
-    def __str__(self) -> str:
-        lines = ["questions: " + ", ".join(f"{split} {size}" for split, size in self.splits.items())]
-        lines += [f"problem: {text}" for text in self.problems]
-        lines += [f"note: {text}" for text in self.notes]
-        return "\n".join(lines)
-
-
-def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, workers: int | None = None) -> Report:
+def verify(
+    root: str | os.PathLike,
+    config: Config,
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tasks.Report:
     """Looks through a data set before training.
 
     Words and answers are checked against those of avqa-train.json: `settle` gives the model just these. Sizes other
@@ -245,6 +212,7 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
 
     Args:
         decode: also decode every file, in `workers` processes, by default one a CPU core.
+        progress: called as progress(files decoded, files in all) after each.
 
     Raises: nothing for a faulty data set; the report says what is wrong.
     """
@@ -294,19 +262,16 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
     for split, absent in missing.items():
         if absent:
             problems.append(f"{split}: {len(absent)} of {len(ids[split])} videos have no media: {some(absent)}")
-    undecodable = []
+    undecodable: tuple[str, ...] = ()
     if decode:
-        from lavish_fast.media import MediaError, load_clips
-
         paths = [media[i] for i in dict.fromkeys(i for each in ids.values() for i in each) if i in media]
-        for _, clip in load_clips(paths, workers=workers, load=_load_media, **_media_options(config)):
-            if isinstance(clip, MediaError):
-                undecodable.append(str(clip))
-            else:
-                notes += clip.warnings
+        options = {"workers": workers, "progress": progress, "load": _load_media} | media_options(config)
+        found = tasks.decode(paths, **options)
+        undecodable = found.undecodable
+        notes += found.notes
     problems += undecodable
     sizes = {split: len(rows) for split, rows in questions.items()}
-    return Report(sizes, missing, tuple(undecodable), tuple(problems), tuple(notes))
+    return tasks.Report(sizes, missing, undecodable, tuple(problems), tuple(notes))
 
 
 def _first_readable(read: Callable[[], Any]) -> Any:
@@ -319,3 +284,8 @@ def _first_readable(read: Callable[[], Any]) -> Any:
         except MediaError:
             if not left:
                 raise
+
+
+def media_options(config: Config) -> dict[str, Any]:
+    """Arguments of `media.load_clip`."""
+    return _media_options(config) | {"frame_rate": FRAME_RATE}

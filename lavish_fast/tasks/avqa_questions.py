@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from lavish_fast.config import Config
-from lavish_fast.tasks import some
+from lavish_fast.tasks import SPLITS, some
 from lavish_fast.tasks.ave import _checked_id
 
-SPLITS = ("train", "val", "test")
 PAD = "<pad>"
 TYPES = (
     ("Audio", "Counting"),

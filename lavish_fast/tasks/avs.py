@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lavish_fast import tasks
 from lavish_fast.backbones import Encoded
 from lavish_fast.config import Config
-from lavish_fast.tasks.avs_data import SPLITS as SPLITS
 from lavish_fast.tasks.avs_data import Dataset as Dataset
 from lavish_fast.tasks.avs_data import settle as settle
 from lavish_fast.tasks.avs_data import verify as verify

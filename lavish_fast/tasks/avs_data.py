@@ -13,9 +13,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lavish_fast import tasks
 from lavish_fast.config import Config
-from lavish_fast.tasks import some
-from lavish_fast.tasks.avs_metric import Metric
+from lavish_fast.tasks import SPLITS, some
 
 if TYPE_CHECKING:
     from lavish_fast.media import Clip, MediaError
 
-SPLITS = ("train", "val", "test")
 META = "s4_meta_data.csv"
 MASK_THRESHOLD = 128  # of 255
 
@@ -65,7 +63,19 @@ def read_meta(path: str | os.PathLike) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-class Dataset(torch.utils.data.Dataset):
+def find(root: str | os.PathLike) -> tuple[Path, tuple[Row, ...]]:
+    """The folder s4_data/, and the clips. Raises: as `read_meta`."""
+    meta = _meta_path(Path(root))
+    return _data_path(meta), read_meta(meta)
+
+
+def frames_and_wav(data: Path, folder: Path) -> tuple[Path, Path]:
+    """Where the frames and the sound of a clip, `Row.folder`, lie in s4_data/."""
+    frames = data / _FRAMES / folder
+    return frames, _wav_path(frames)
+
+
+class Dataset(tasks.Clips):
     """One split of a data set in S4's layout.
 
     Args:
@@ -93,38 +103,20 @@ class Dataset(torch.utils.data.Dataset):
         skip: Collection[str] = (),
         cache: bool = False,
     ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        super().__init__(root, split, config, antialias=antialias, cache=cache)
         meta = _meta_path(Path(root))
         self.rows = tuple(row for row in read_meta(meta) if row.split == split and row.name not in skip)
-        self.config = config
         self._data = _data_path(meta)
         self._options = _media_options(config) | {"antialias": antialias}
-        self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | MediaError:
-        from lavish_fast.media import MediaError
-
-        if self._cache and index in self._cache:
-            return self._cache[index]
+    def item(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        try:
-            clip, masks = _load(self._data / _FRAMES / row.folder, **self._options)
-        except MediaError as error:
-            return error
-        for message in clip.warnings:
-            warnings.warn(message, stacklevel=2)
-        item = {"video": clip.video, "audio": clip.audio, "labels": masks, "id": row.name}
-        if self._cache is not None:
-            self._cache[index] = item
-        return item
+        clip, masks = self.kept(row.name, lambda: self._read(row))
+        return {"video": clip.video, "audio": clip.audio, "labels": masks, "id": row.name}
 
-    def metric(self) -> Metric:
-        """What the split is measured by."""
-        return Metric()
+    def _read(self, row: Row) -> tuple[Clip, Tensor]:
+        clip, masks = _load(self._data / _FRAMES / row.folder, **self._options)
+        return tasks.warned(clip), masks
 
 
 def settle(config: Config, root: str | os.PathLike) -> Config:
@@ -133,45 +125,34 @@ def settle(config: Config, root: str | os.PathLike) -> Config:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `verify` found.
-
-    rows: of s4_meta_data.csv. categories: how many. splits: rows per split. missing: per split, the clips without
-    frames, masks or sound. undecodable: a line for each clip that does not decode.
-    problems: sentences, each a reason why training would not see the whole data set. notes: what to know besides.
-    """
+class Report(tasks.Report):
+    """What `verify` found. rows: of s4_meta_data.csv. categories: how many. The rest as in `tasks.Report`."""
 
     rows: int
     categories: int
-    splits: Mapping[str, int]
-    missing: Mapping[str, tuple[str, ...]]
-    undecodable: tuple[str, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
 
     @property
-    def ok(self) -> bool:
-        """Whether nothing is missing or broken."""
-        return not self.problems
-
-    def __str__(self) -> str:
-        lines = [f"{META}: {self.rows} rows, {self.categories} categories"]
-        if self.splits:
-            lines.append("splits: " + ", ".join(f"{split} {size}" for split, size in self.splits.items()))
-        lines += [f"problem: {text}" for text in self.problems]
-        lines += [f"note: {text}" for text in self.notes]
-        return "\n".join(lines)
+    def heading(self) -> str:
+        return f"{META}: {self.rows} rows, {self.categories} categories"
 
 
-def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, workers: int | None = None) -> Report:
+def verify(
+    root: str | os.PathLike,
+    config: Config,
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
     """Looks through a data set before training: the list, and that each clip has its frames, masks and sound.
 
     Args:
         decode: also decode every file, in `workers` processes, by default one a CPU core; sees masks of another size.
+        progress: called as progress(files decoded, files in all) after each.
 
     Raises: nothing for a faulty data set; the report says what is wrong.
     """
-    from lavish_fast.media import MediaError, load_clips
+    from lavish_fast.media import MediaError
 
     problems: list[str] = []
     notes: list[str] = []
@@ -197,14 +178,12 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
         if faults:
             text = f"{split}: {len(faults)} of {len(of_split)} clips lack files or have too many: {some(tuple(faults))}"
             problems.append(f"{text}; first {next(iter(faults.values()))}")
-    undecodable = []
+    undecodable: tuple[str, ...] = ()
     if decode:
-        paths = list(dict.fromkeys(whole))
-        for _, clip in load_clips(paths, workers=workers, load=_load_clip, **_media_options(config)):
-            if isinstance(clip, MediaError):
-                undecodable.append(str(clip))
-            else:
-                notes += clip.warnings
+        options = {"workers": workers, "progress": progress, "load": _load_clip} | _media_options(config)
+        decoded = tasks.decode(list(dict.fromkeys(whole)), **options)
+        undecodable = decoded.undecodable
+        notes += decoded.notes
     problems += undecodable
 
     if repeated := tuple(name for name, count in Counter(row.name for row in rows).items() if count > 1):
@@ -213,7 +192,8 @@ def verify(root: str | os.PathLike, config: Config, *, decode: bool = False, wor
     others = {split: size for split, size in sizes.items() if size != _SIZES[split]}
     notes += [f"{split}: S4 has {_SIZES[split]} clips, got {size}" for split, size in others.items()]
     categories = len({row.category for row in rows})
-    return Report(len(found), categories, sizes, missing, tuple(undecodable), tuple(problems), tuple(notes))
+    reported = sizes, missing, undecodable, tuple(problems), tuple(notes)
+    return Report(*reported, rows=len(found), categories=categories)
 
 
 def _read_rows(path: Path) -> list[Row | ValueError]:

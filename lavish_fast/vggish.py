@@ -1,5 +1,6 @@
-"""VGGish, the sound encoder of the CMBS baseline (Hershey et al., CNN Architectures for Large-Scale Audio
-Classification, ICASSP 2017): second-long log-mel patches to 128 features, and the recipe of those patches.
+"""VGGish, a sound encoder beside LAVISH (the paper's Table 3) and in the CMBS baseline: second-long log-mel patches to
+128 features, and the recipe of those patches (Hershey et al., CNN Architectures for Large-Scale Audio Classification,
+ICASSP 2017).
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 SAMPLE_RATE = 16000
-FRAMES, BANDS = 96, 64  # of a patch
+FRAMES, BANDS = PATCH = 96, 64  # of a patch
+FEATURES = 128
 _WINDOW, _HOP, _FFT = 400, 160, 512  # samples
 _LOW_HZ, _HIGH_HZ = 125.0, 7500.0
 _LOG_OFFSET = 0.01
-_PATCH_SAMPLES = _WINDOW + (FRAMES - 1) * _HOP
+PATCH_SAMPLES = _WINDOW + (FRAMES - 1) * _HOP
 
 
 class VGGish(nn.Module):
@@ -35,7 +37,7 @@ class VGGish(nn.Module):
             nn.ReLU(),
             nn.Linear(4096, 4096),
             nn.ReLU(),
-            nn.Linear(4096, 128),
+            nn.Linear(4096, FEATURES),
             nn.ReLU(),
         )
 
@@ -58,8 +60,8 @@ def log_mel_patches(waveform: Tensor) -> Tensor:
     if not waveform.is_floating_point():
         raise ValueError(f"waveform: expected floating point in [-1, 1], got {waveform.dtype}")
     samples = waveform.shape[-1] if waveform.ndim else 0
-    if samples < _PATCH_SAMPLES:
-        raise ValueError(f"waveform: expected at least {_PATCH_SAMPLES} samples, got {samples}")
+    if samples < PATCH_SAMPLES:
+        raise ValueError(f"waveform: expected at least {PATCH_SAMPLES} samples, got {samples}")
     dtype = torch.promote_types(waveform.dtype, torch.float32)
     window = torch.hann_window(_WINDOW, dtype=dtype, device=waveform.device)
     frames = waveform.to(dtype).unfold(-1, _WINDOW, _HOP) * window

@@ -1,0 +1,183 @@
+"""`lavish-fast train` and `evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lavish_fast.commands import options, terminal, watch
+from lavish_fast.commands.localize import segments
+from lavish_fast.config import Config, TrainConfig
+
+if TYPE_CHECKING:
+    from lavish_fast.training import Evaluation
+
+
+def train(
+    task: options.Task,
+    data: options.Data,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for best/, last/, log.jsonl and tensorboard/.")],
+    preset: options.Preset = None,
+    config: options.ConfigFile = None,
+    backbone: options.Backbone = None,
+    modality: options.Modality = None,
+    epochs: options.Epochs = None,
+    patience: options.Patience = None,
+    batch_size: options.TrainBatchSize = None,
+    accumulate: options.Accumulate = None,
+    lr: options.LearningRate = None,
+    head_lr: options.HeadLearningRate = None,
+    lr_step: options.LearningRateStep = None,
+    lr_gamma: options.LearningRateGamma = None,
+    amp: options.Amp = None,
+    seed: options.Seed = TrainConfig.seed,
+    workers: options.Workers = TrainConfig.workers,
+    save_every: options.SaveEvery = TrainConfig.save_every,
+    on_nan: options.OnNan = TrainConfig.on_nan,
+    checkpointing: options.Checkpointing = TrainConfig.checkpointing,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.")] = False,
+) -> None:
+    """Train adapters and head on a data set.
+
+    Classes and vocabulary are the data set's. The model that is best on the validation split is kept in OUT/best.
+    Files that cannot be read are reported and left out. Runs under torchrun on several devices.
+    """
+    import torch
+
+    from lavish_fast import tasks, training
+    from lavish_fast.model import Model
+
+    how = settings(
+        task,
+        epochs=epochs,
+        patience=patience,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        lr=lr,
+        head_lr=head_lr,
+        lr_step=lr_step,
+        lr_gamma=lr_gamma,
+        amp=amp,
+        seed=seed,
+        workers=workers,
+        save_every=save_every,
+        on_nan=on_nan,
+        checkpointing=checkpointing,
+    )
+    chosen = configuration(task, data, preset=preset, path=config, backbone=backbone, modality=modality)
+    sets = [tasks.load(task).Dataset(data, split, chosen) for split in ("train", "val")]
+    torch.manual_seed(seed)
+    with terminal.bad_usage(FileNotFoundError):
+        model = Model(chosen).load_backbone()
+    fit = training.fit(model, *sets, how, out, resume=resume)
+    console = terminal.console()
+    best = f"best validation score {fit.best_score:.1%}, in epoch {fit.best_epoch} of {fit.epochs}"
+    console.print(f"{best}: {terminal.printable(out / 'best')}", markup=False, soft_wrap=True)
+    if fit.skipped:
+        console.print(f"{len(fit.skipped)} files could not be read and were left out")
+
+
+def settings(task: str, **given: Any) -> TrainConfig:
+    """The task's own settings of training, but for those that are given and not None."""
+    with terminal.bad_usage(ValueError):
+        given = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(TrainConfig.of_task(task), **given)
+
+
+def configuration(
+    task: str, data: Path, *, preset: str | None, path: Path | None, backbone: str | None, modality: str | None
+) -> Config:
+    """The model's configuration: a preset's or a file's, with what the data set fixes and what is given."""
+    from lavish_fast import checkpoint, tasks
+
+    if preset and path:
+        raise typer.BadParameter("expected one of them, got both", param_hint="--preset / --config")
+    with terminal.bad_usage(ValueError, TypeError):
+        chosen = (
+            Config.from_dict(checkpoint.read_config(path))
+            if path
+            else Config.from_preset(preset or options.PRESETS[task])
+        )
+    if chosen.task != task:
+        raise typer.BadParameter(f"expected one for {task}, got {preset or path} for {chosen.task}")
+    chosen = tasks.load(task).settle(dataclasses.replace(chosen, modality=modality or chosen.modality), data)
+    if backbone is not None:
+        # The checkpoint names it, and is loaded from other folders than this one.
+        backbone = os.path.abspath(backbone) if os.path.isfile(backbone) else backbone
+        chosen = dataclasses.replace(chosen, backbone_weights=backbone)
+    if chosen.backbone_weights is None:
+        raise typer.BadParameter(f"expected one, since {path} names none", param_hint="--backbone")
+    return chosen
+
+
+def evaluate(
+    task: options.Task,
+    data: options.Data,
+    checkpoint: options.Checkpoint,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="The clips to evaluate on.")] = "test",
+    rule: Annotated[
+        Literal["argmax", "cmbs"], typer.Option(help="How probabilities become events; cmbs: one event a clip.")
+    ] = "argmax",
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for evaluate.json and predictions.jsonl.")
+    ] = None,
+    backbone: options.Backbone = None,
+    batch_size: options.BatchSize = TrainConfig.batch_size,
+    amp: options.Amp = None,
+    workers: options.Workers = TrainConfig.workers,
+) -> None:
+    """The scores of a trained model on a data set.
+
+    Files that cannot be read are reported and left out, and the exit code is 1.
+    """
+    from lavish_fast import tasks, training
+
+    model = watch.load_model(checkpoint, backbone, task)
+    module = tasks.load(task)
+    clips = module.Dataset(data, split, model.config)
+    with terminal.bad_usage(ValueError):
+        TrainConfig(batch_size=batch_size, workers=workers)  # for its checks alone
+    metric = None
+    if rule != "argmax":
+        if task != "ave":
+            raise typer.BadParameter(f"expected it with ave alone, got {task}", param_hint="--rule")
+        metric = module.Metric(rule)
+    result = training.evaluate(model, clips, batch_size=batch_size, metric=metric, amp=amp, workers=workers)
+    if terminal.rank() == 0:
+        for line in result.skipped:
+            terminal.say_error(line)
+        how = {"split": split} | ({"rule": rule} if task == "ave" else {})
+        facts = {name: f"{x}" if isinstance(x, int) else f"{x:.2%}" for name, x in result.scores.items()}
+        facts |= {
+            "clips": f"{len(clips) - len(result.skipped)} of {len(clips)}",
+            "clips/s": f"{result.clips_per_second:.1f}",
+        }
+        terminal.console().print(terminal.facts_table(how | facts))
+        if out:
+            _write_evaluation(out, result, model.config, how)
+    if result.skipped:
+        raise typer.Exit(1)
+
+
+def _write_evaluation(out: Path, result: Evaluation, config: Config, how: dict[str, str]) -> None:
+    from lavish_fast import checkpoint
+    from lavish_fast.tasks import ave
+
+    facts = {"task": config.task} | how | {"scores": dict(result.scores)}
+    facts |= {"skipped": result.skipped, "clips_per_second": result.clips_per_second}
+    checkpoint.write_text(out / "evaluate.json", json.dumps(facts, indent=2) + "\n")
+    lines = []
+    for name, kept in result.predictions.items():
+        if config.task == "ave":
+            decided = ave.decide(kept, len(kept), how["rule"])[0]
+            lines += [{"video": name} | row for row in segments(kept, decided, config.classes, 1.0)]
+        elif config.classes:
+            best = int(kept.argmax())
+            lines.append({"id": name, "class": config.classes[best], "probability": round(float(kept[best]), 6)})
+    if lines:
+        checkpoint.write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
