@@ -90,7 +90,7 @@ def test_one_modality_is_not_enough(root):
     # Where the sounding one is says nothing: as often left as right, as above as below.
     places = []
     for number in range(200):
-        mask = next(avs._pictures(np.random.default_rng(number), avs.Clip("", "train", "Drum", "Rain")))[1]
+        mask = avs.Scene(np.random.default_rng(number), avs.Clip("", "train", "Drum", "Rain")).mask(0)
         places.append([place.mean() / 64 for place in mask.nonzero()])
     assert np.mean(places, axis=0) == pytest.approx([0.5, 0.5], abs=0.05)
     with pytest.raises(ValueError, match="expected masks of the split train, got none"):

@@ -63,7 +63,7 @@ def picture(config: Config, item: dict[str, Any], masks: Tensor) -> tuple[Figure
 
 def invitation(data: Path, name: str, checkpoint: Path) -> str:
     """The command to try next."""
-    return f"lavish-fast evaluate avs --data {data} --checkpoint {checkpoint}"
+    return f"lavish-fast segment {data / 'videos' / name}.mp4 --checkpoint {checkpoint}"
 
 
 def _ious(masks: Tensor, truth: Tensor) -> Tensor:
