@@ -123,7 +123,8 @@ def segmentation(
     _draw_sound(axes["sound"], clip.audio, seconds)
     _show_seconds(axes["sound"])
     for name, x in tracks.items():
-        _draw_frames(axes[name], overlay(video, x), thumbnails, strip, seconds)
+        pictures = torch.stack([torch.tensor(marked(*pair)) for pair in zip(video.numpy(), x.numpy())])
+        _draw_frames(axes[name], pictures, thumbnails, strip, seconds)
         _name_row(axes[name], name)
     if truth is not None:
         both, either = ((f(*tracks.values())).sum((1, 2)).float() for f in (torch.logical_and, torch.logical_or))
@@ -134,14 +135,6 @@ def segmentation(
             text = "nothing in either" if iou.isnan() else f"IoU {iou:.0%}"
             axes["predicted"].annotate(text, (left, bottom), (6, 7), **style)
     return figure
-
-
-def overlay(pictures: Tensor, masks: Tensor) -> Tensor:
-    """Pictures (T, S, S, 3) uint8, pale and grey but for what is in the masks (T, S, S), which is tinted."""
-    grey = pictures.float().mean(-1, keepdim=True).expand(-1, -1, -1, 3)
-    tint = pictures.new_tensor([255, 120, 0]).float()
-    inside = 0.2 * pictures.float() + 0.8 * tint
-    return torch.where(masks[..., None], inside, 0.5 * grey + 110).round().clamp(0, 255).to(torch.uint8)
 
 
 def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str) -> Figure:

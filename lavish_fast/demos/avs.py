@@ -21,13 +21,13 @@ from lavish_fast.synthetic.avs import write_dataset as write_dataset
 CONFIG = Config(
     backbone=BACKBONE,
     task="avs",
-    adapter=AdapterConfig(latents=2, reduction=4, groups=2),
+    adapter=AdapterConfig(latents=2, reduction=4, groups=2, zero_latents=True),
     spectrogram=SPECTROGRAM,
     frames=SECONDS,
     head=AVSConfig(channels=16, tpavi_stages=(0, 1, 2), size=SIZE, hidden=32),
     backbone_weights=WEIGHTS,
 )
-TRAIN = TrainConfig(batch_size=8, epochs=8, lr=3e-3, head_lr=2e-3, lr_step=3, lr_gamma=0.25, workers=0)
+TRAIN = TrainConfig(batch_size=8, epochs=8, lr=5e-3, head_lr=5e-3, lr_step=6, lr_gamma=0.25, workers=0)
 CLIPS = {"train": 256, "val": 32, "test": 48}
 
 SCORE = "mIoU"
@@ -63,7 +63,7 @@ def picture(config: Config, item: dict[str, Any], masks: Tensor) -> tuple[Figure
 
 def invitation(data: Path, name: str, checkpoint: Path) -> str:
     """The command to try next."""
-    return f"lavish-fast evaluate avs --data {data} --checkpoint {checkpoint}"
+    return f"lavish-fast segment {data / 'videos' / name}.mp4 --checkpoint {checkpoint}"
 
 
 def _ious(masks: Tensor, truth: Tensor) -> Tensor:

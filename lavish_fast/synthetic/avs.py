@@ -1,10 +1,11 @@
 """A small data set in S4's layout: two objects move, one of them sounds, and the mask is its pixels.
 
-A clip of 5 seconds shows objects of two categories, each in a half of the frame, left and right or top and bottom, and
-has the sound of one of the two. Whoever sees perfectly but cannot hear knows both objects and not which one sounds: a
-mask of either has an IoU of 1 half of the time, a mask of both a / (a + b) or b / (a + b), where a and b are the
-objects' areas: 50 % on average in any case. Whoever hears perfectly but cannot see knows what sounds and nothing of
-where, which leaves the best mask that is the same for all frames. Both together reach 100 %.
+A clip of 5 seconds shows a solid object and a hollow one, each in a half of the frame, left and right or top and
+bottom, and has the sound of one of the two: what is solid sounds low, what is hollow sounds high. Whoever sees
+perfectly but cannot hear knows both objects and not which one sounds: a mask of either has an IoU of 1 half of the
+time, a mask of both a / (a + b) or b / (a + b), where a and b are the objects' areas: 50 % on average in any case.
+Whoever hears perfectly but cannot see knows what sounds and nothing of where, which leaves the best mask that is the
+same for all frames. Both together reach 100 %.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import numpy as np
 from PIL import Image
 
 from lavish_fast import synthetic
-from lavish_fast.synthetic import CATEGORIES, SAMPLE_RATE
+from lavish_fast.synthetic import SAMPLE_RATE
 
 TRUTH = "synthetic_avs.jsonl"
 SECONDS = 5
 SIZE = 64  # of frames and masks
+SOLID, HOLLOW = ("Drum", "Engine"), ("Clock", "Rain")  # a disc and a square, a ring and bars
 
 _DIAMETERS = (0.36, 0.44)
 _EXTENT = 0.46  # of the half that an object keeps to, less than a half for the corners that stick out
@@ -40,16 +42,41 @@ class Clip:
     other: str
 
 
+class Scene:
+    """What is to be seen in a clip: the object that sounds, and the other one."""
+
+    def __init__(self, rng: np.random.Generator, clip: Clip) -> None:
+        self.background = synthetic.random_background(rng, synthetic.SIZE)
+        axis = rng.integers(2)
+        middles, extent = np.full((2, 2), 0.5), np.ones(2)
+        middles[:, axis], extent[axis] = rng.permutation((0.25, 0.75)), _EXTENT
+        self.indices = [synthetic.CATEGORIES.index(category) for category in (clip.category, clip.other)]
+        self.looks = [
+            synthetic.random_look(rng, self.background, _DIAMETERS, middle=middle, extent=extent) for middle in middles
+        ]
+
+    def frame(self, t: float) -> np.ndarray:
+        """The picture at t seconds, (128, 128, 3) uint8."""
+        frame = self.background
+        for index, look in zip(self.indices, self.looks):
+            frame = synthetic.render_frame(frame, index, *look.pose(t), size=look.size, colour=look.colour)
+        return frame
+
+    def mask(self, t: float) -> np.ndarray:
+        """The pixels of the object that sounds, (SIZE, SIZE) bool."""
+        return synthetic.render_mask(SIZE, self.indices[0], *self.looks[0].pose(t), size=self.looks[0].size)
+
+
 def plan_clip(seed: int, index: int, split: str) -> Clip:
     """The truth of clip number `index`, a function of the two numbers alone.
 
-    In every eight clips from a multiple of eight on each category sounds once.
+    In every four clips from a multiple of four on each category sounds once.
     """
-    count = len(CATEGORIES)
-    group, place = divmod(index, count)
-    category = int(synthetic.generator(seed, group, "deck").permutation(count)[place])
-    other = (category + int(synthetic.generator(seed, index, "plan").integers(1, count))) % count
-    return Clip(f"clip_{index:04d}", split, CATEGORIES[category], CATEGORIES[other])
+    group, place = divmod(index, len(SOLID + HOLLOW))
+    category = str(synthetic.generator(seed, group, "deck").permutation(SOLID + HOLLOW)[place])
+    others = HOLLOW if category in SOLID else SOLID
+    other = others[synthetic.generator(seed, index, "plan").integers(len(others))]
+    return Clip(f"clip_{index:04d}", split, category, other)
 
 
 def write_dataset(
@@ -67,8 +94,9 @@ def write_dataset(
     Args:
         root: the folder, made if it is missing; files of the same names are replaced. It receives s4_meta_data.csv,
             and in s4_data/ five frames of 64x64 pixels and their masks a clip (a clip to learn from has the first
-            alone), and its sound (mono, 16 kHz); and synthetic_avs.jsonl (a `Clip` a line).
-        train, val, test: clips of each split; categories are balanced where these are multiples of 8.
+            alone), and its sound (mono, 16 kHz); and synthetic_avs.jsonl (a `Clip` a line). Of clips to test on
+            videos/{id}.mp4 is the whole video.
+        train, val, test: clips of each split; categories are balanced where these are multiples of 4.
         workers, progress: as for `synthetic.write_clips`.
 
     Returns: root. Raises: ValueError for a negative count or seed, no clip at all, or no worker.
@@ -125,29 +153,21 @@ def _write_clip(folder: Path, seed: int, clips: list[Clip], index: int) -> None:
     for directory in (frames, masks, sound.parent):
         directory.mkdir(parents=True, exist_ok=True)
 
-    for number, (frame, mask) in enumerate(_pictures(synthetic.generator(seed, index, "video"), clip), start=1):
-        Image.fromarray(frame).save(frames / f"{clip.id}_{number}.png")
-        if number == 1 or clip.split != "train":
-            Image.fromarray(mask).save(masks / f"{clip.id}_{number}.png")
+    scene = Scene(synthetic.generator(seed, index, "video"), clip)
+    for second in range(SECONDS):
+        name = f"{clip.id}_{second + 1}.png"
+        picture = scene.frame(second + 0.5)
+        # Half as large, as the pictures that the backbone has learned from.
+        small = picture.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3)).round().astype(np.uint8)
+        Image.fromarray(small).save(frames / name)
+        if second == 0 or clip.split != "train":
+            Image.fromarray(scene.mask(second + 0.5)).save(masks / name)
     heard = synthetic.waveform(synthetic.generator(seed, index, "audio"), (clip.category,) * SECONDS)
     with wave.open(str(sound), "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         file.writeframes((32767 * np.clip(heard, -1, 1)).astype("<i2").tobytes())
-
-
-def _pictures(rng: np.random.Generator, clip: Clip):
-    """Of each second a frame (SIZE, SIZE, 3) uint8, and a mask (SIZE, SIZE) bool of the object that sounds."""
-    scene = synthetic.random_background(rng, synthetic.SIZE)
-    axis = rng.integers(2)
-    middles, extent = np.full((2, 2), 0.5), np.ones(2)
-    middles[:, axis], extent[axis] = rng.permutation((0.25, 0.75)), _EXTENT
-    looks = [synthetic.random_look(rng, scene, _DIAMETERS, middle=middle, extent=extent) for middle in middles]
-    indices = [CATEGORIES.index(category) for category in (clip.category, clip.other)]
-    for second in range(SECONDS):
-        poses = [look.pose(second + 0.5) for look in looks]
-        frame = scene
-        for index, look, pose in zip(indices, looks, poses):
-            frame = synthetic.render_frame(frame, index, *pose, size=look.size, colour=look.colour)
-        # Drawn at twice the size, as the pictures that the backbone has learned from.
-        small = frame.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3)).round().astype(np.uint8)
-        yield small, synthetic.render_mask(SIZE, indices[0], *poses[0], size=looks[0].size)
+    if clip.split == "test":
+        times = np.arange(SECONDS * synthetic.FPS) / synthetic.FPS
+        video = folder.parent / "videos" / f"{clip.id}.mp4"
+        video.parent.mkdir(exist_ok=True)
+        synthetic.write_video(video, map(scene.frame, times), heard)
