@@ -31,6 +31,7 @@ TRAIN = TrainConfig(batch_size=8, epochs=8, lr=5e-3, head_lr=5e-3, lr_step=6, lr
 CLIPS = {"train": 256, "val": 32, "test": 48}
 
 SCORE = "mIoU"
+MORE = ()
 TITLE = "LAVISH learns to see what sounds"
 NOTES = (
     "Two objects move and one of them sounds: its pixels are the mask. A model learns from the mask of each clip's "
