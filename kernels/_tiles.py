@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Channels, and those of a group's bottleneck, above which registers are short: what a program holds is rounded, as the
-# reference rounds it, and barriers keep the compiler from loading all tiles ahead.
+# reference rounds it, some of it waits in a result's rows, and tiles are taken in turn.
 WIDE, DEEP = tl.constexpr(1024), tl.constexpr(64)
 
 
@@ -89,6 +89,13 @@ def columns(t: tl.constexpr, C_G: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def in_turn(C: tl.constexpr, D_G: tl.constexpr, dtype: tl.constexpr):
+    """A barrier, which keeps the compiler from loading all tiles ahead, where registers are short."""
+    if C > WIDE or D_G > DEEP or dtype == tl.float32:
+        tl.debug_barrier()
+
+
+@triton.jit
 def load_tiles(rows, stride_c, mask_n, TILES: tl.constexpr, C_G: tl.constexpr, CHUNK: tl.constexpr):
     """All channels of these rows, zero outside of tokens and channels."""
     tiles = ()
@@ -96,6 +103,30 @@ def load_tiles(rows, stride_c, mask_n, TILES: tl.constexpr, C_G: tl.constexpr, C
         offs, mask_c = columns(t, C_G, CHUNK)
         tiles += (tl.load(rows + offs[None, :] * stride_c, mask=mask_n & mask_c[None, :], other=0.0),)
     return tiles
+
+
+@triton.jit
+def hold(tiles, tile, t: tl.constexpr, rows, mask_n, C: tl.constexpr, C_G: tl.constexpr, CHUNK: tl.constexpr):
+    """One more tile of those that a program holds: of wide streams in rows of a result that is yet to be written."""
+    if C > WIDE:
+        offs, mask_c = columns(t, C_G, CHUNK)
+        tl.store(rows + offs[None, :], tile.to(rows.dtype.element_ty), mask=mask_n & mask_c[None, :])
+    else:
+        tiles += (tile,)
+    return tiles
+
+
+@triton.jit
+def held(tiles, t: tl.constexpr, rows, mask_n, C_G: tl.constexpr, CHUNK: tl.constexpr):
+    """Tile t of them, float32."""
+    if len(tiles) == 0:
+        tl.debug_barrier()
+        offs, mask_c = columns(t, C_G, CHUNK)
+        tile = tl.load(rows + offs[None, :], mask=mask_n & mask_c[None, :], other=0.0).to(tl.float32)
+        tl.debug_barrier()  # what comes next in its place waits for it
+        return tile
+    else:
+        return tiles[t].to(tl.float32)
 
 
 @triton.jit
@@ -134,6 +165,7 @@ def softmax_of_latents(
     """P = softmax(X Sᵀ), (BLOCK_N, BLOCK_M) float32."""
     logits = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for t in tl.static_range(len(x)):
+        in_turn(len(x) * CHUNK, 0, s_rows.dtype.element_ty)
         offs, mask_c = columns(t, C_G, CHUNK)
         s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
         logits = tl.dot(x[t], s.T, logits, input_precision="tf32x3")
@@ -149,6 +181,7 @@ def seen(x, s_rows, mask_m, p, gate_av, C_G: tl.constexpr, CHUNK: tl.constexpr, 
     for t in tl.static_range(len(x)):
         tile = x[t].to(tl.float32)
         if s_rows is not None:
+            in_turn(len(x) * CHUNK, 0, s_rows.dtype.element_ty)
             offs, mask_c = columns(t, C_G, CHUNK)
             s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
             tile += gate_av * tl.dot(p, s, input_precision="tf32x3")
@@ -157,22 +190,41 @@ def seen(x, s_rows, mask_m, p, gate_av, C_G: tl.constexpr, CHUNK: tl.constexpr, 
 
 
 @triton.jit
-def moments(tiles, EPS: tl.constexpr, C: tl.constexpr, C_G: tl.constexpr, CHUNK: tl.constexpr):
-    """Each row's mean and 1 / deviation; 0 and 1 where EPS is None. Tiles are zero outside of the channels."""
-    mean = tl.zeros((tiles[0].shape[0],), tl.float32)
-    rstd = tl.full((tiles[0].shape[0],), 1.0, tl.float32)
+def moments(
+    tiles,
+    rows,
+    mask_n,
+    EPS: tl.constexpr,
+    C: tl.constexpr,
+    C_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Each row's mean and 1 / deviation of what is `held`, zero outside of the channels; 0 and 1 where EPS is None."""
+    TILES: tl.constexpr = C // C_G * ((C_G + CHUNK - 1) // CHUNK)
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    rstd = tl.full((BLOCK_N,), 1.0, tl.float32)
     if EPS is not None:
-        total = tl.zeros(tiles[0].shape, tl.float32)
-        for t in tl.static_range(len(tiles)):
-            total += tiles[t].to(tl.float32)
+        total, squares = zeros(2, BLOCK_N, CHUNK)
+        for t in tl.static_range(TILES):
+            total += held(tiles, t, rows, mask_n, C_G, CHUNK)
         mean = tl.sum(total, 1) / C
-        squares = tl.zeros(tiles[0].shape, tl.float32)
-        for t in tl.static_range(len(tiles)):
+        for t in tl.static_range(TILES):
             _, mask_c = columns(t, C_G, CHUNK)
-            delta = tl.where(mask_c[None, :], tiles[t].to(tl.float32) - mean[:, None], 0.0)
+            delta = held(tiles, t, rows, mask_n, C_G, CHUNK) - mean[:, None]
+            delta = tl.where(mask_c[None, :], delta, 0.0)
             squares += delta * delta
         rstd = tl.rsqrt(tl.sum(squares, 1) / C + EPS)
     return mean, rstd
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """Tiles to add to, float32."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles += (tl.zeros((BLOCK_N, WIDTH), tl.float32),)
+    return tiles
 
 
 @triton.jit
@@ -193,24 +245,24 @@ def down_product(
     """down(LN_before(x)), float32: for each group its tiles (BLOCK_N, BLOCK_D)."""
     TRIPS: tl.constexpr = len(x) // GROUPS
     D_G: tl.constexpr = D // GROUPS
+    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
     products = ()
     for g in tl.static_range(GROUPS):
-        u = ()
+        sums = zeros(PARTS, BLOCK_N, BLOCK_D)
         for k in tl.static_range(TRIPS):
             offs, mask_c = columns(g * TRIPS + k, C_G, CHUNK)
-            tile = x[g * TRIPS + k].to(tl.float32)
+            u = x[g * TRIPS + k].to(tl.float32)
             if EPS.ln_before is not None:
-                tile = affine((tile - mean[:, None]) * rstd[:, None], w.ln_before, offs, mask_c)
-            u += (tile.to(dtype),)
-        for part in tl.static_range((D_G + BLOCK_D - 1) // BLOCK_D):
-            product = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            for k in tl.static_range(TRIPS):
-                if C_G * GROUPS > WIDE or D_G > DEEP:
-                    tl.debug_barrier()
+                u = affine((u - mean[:, None]) * rstd[:, None], w.ln_before, offs, mask_c)
+            # Every warp has all of a factor, in many registers: all parts of one before the next.
+            added = ()
+            for part in tl.static_range(PARTS):
+                in_turn(C_G * GROUPS, D_G, dtype)
                 down_ptrs, mask = down_tile(w.down, g, part, k, C_G, CHUNK, D_G, BLOCK_D)
                 down = tl.load(down_ptrs, mask=mask, other=0.0)
-                product = tl.dot(u[k], down.T, product, input_precision="tf32x3")
-            products += (product,)
+                added += (tl.dot(u.to(dtype), down.T, sums[part], input_precision="tf32x3"),)
+            sums = added
+        products += sums
     return products
 
 
@@ -307,28 +359,26 @@ def finish(
     C_G: tl.constexpr = C // GROUPS
     D_G: tl.constexpr = D // GROUPS
     dtype: tl.constexpr = out_rows.dtype.element_ty
-    HELD: tl.constexpr = dtype if C > WIDE else tl.float32
     # X and B are read once more at the end, out of L1 or L2: held until then, they would not leave enough registers.
-    b_mean, b_rstd = moments(load_tiles(branch_rows, 1, mask_n, TILES, C_G, CHUNK), EPS.post_norm, C, C_G, CHUNK)
-    if C > WIDE or D_G > DEEP:
-        tl.debug_barrier()
+    b = load_tiles(branch_rows, 1, mask_n, TILES, C_G, CHUNK)
+    b_mean, b_rstd = moments(b, None, mask_n, EPS.post_norm, C, C_G, BLOCK_N, CHUNK)
+    in_turn(C, D_G, dtype)
     z = ()
     for t in tl.static_range(TILES):
-        if C > WIDE or D_G > DEEP:
-            tl.debug_barrier()
+        in_turn(C, D_G, dtype)
         offs, mask_c = columns(t, C_G, CHUNK)
         product = up_product(hidden, w.up, t, TILES, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
-        z += (tl.where(mask_c[None, :], batch_norm(product, w.bn2, EPS.bn2, offs, mask_c), 0.0).to(HELD),)
-    mean, rstd = moments(z, EPS.ln_after, C, C_G, CHUNK)
+        product = tl.where(mask_c[None, :], batch_norm(product, w.bn2, EPS.bn2, offs, mask_c), 0.0)
+        z = hold(z, product, t, out_rows, mask_n, C, C_G, CHUNK)
+    mean, rstd = moments(z, out_rows, mask_n, EPS.ln_after, C, C_G, BLOCK_N, CHUNK)
     for t in tl.static_range(TILES):
-        if C > WIDE or D_G > DEEP:
-            tl.debug_barrier()
+        in_turn(C, D_G, dtype)
         offs, mask_c = columns(t, C_G, CHUNK)
         mask = mask_n & mask_c[None, :]
         b = tl.load(branch_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)
         if EPS.post_norm is not None:
             b = affine((b - b_mean[:, None]) * b_rstd[:, None], post_norm, offs, mask_c)
-        y = z[t].to(tl.float32)
+        y = held(z, t, out_rows, mask_n, C_G, CHUNK)
         if EPS.ln_after is not None:
             y = affine((y - mean[:, None]) * rstd[:, None], w.ln_after, offs, mask_c)
         x = tl.load(x_rows + offs[None, :], mask=mask, other=0.0).to(tl.float32)

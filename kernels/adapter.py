@@ -104,7 +104,7 @@ def _adapter_fwd(
         s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
         p = softmax_of_latents(x, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK).to(dtype)
     x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK, dtype if C > WIDE else tl.float32)
-    mean, rstd = moments(x, EPS.ln_before, C, C_G, CHUNK)
+    mean, rstd = moments(x, None, mask_n, EPS.ln_before, C, C_G, BLOCK_N, CHUNK)
     h = down_product(x, mean, rstd, w, EPS, D, GROUPS, C_G, BLOCK_N, CHUNK, BLOCK_D, dtype)
     hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, dtype)
     rows = out_rows, x_rows, branch_rows, mask_n
@@ -155,7 +155,7 @@ def tiling(op: str, architecture: int, dtype: torch.dtype, N: int, C: int, D: in
     if not architecture:  # the interpreter, whose time goes by programs and tiles
         constants |= {"BLOCK_N": 64, "CHUNK": 128}
     constants["BLOCK_N"] = min(constants["BLOCK_N"], block(N))
-    constants["BLOCK_D"] = min(constants["BLOCK_D"], block(D // groups))
+    constants["BLOCK_D"] = chunk(D // groups, constants["BLOCK_D"])
     constants["CHUNK"] = chunk(C // groups, constants["CHUNK"])
     return constants | {"C": C, "D": D, "GROUPS": groups}
 

@@ -33,6 +33,7 @@ from lavish_fast.kernels._tiles import (
     activated,
     block,
     bottleneck,
+    chunk,
     down_product,
     finish,
     gate_of,
@@ -114,7 +115,7 @@ def _adapter_down(
         s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
         p = softmax_of_latents(x, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK).to(dtype)
     x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK, dtype if C > WIDE else tl.float32)
-    mean, rstd = moments(x, EPS.ln_before, C, C_G, CHUNK)
+    mean, rstd = moments(x, None, mask_n, EPS.ln_before, C, C_G, BLOCK_N, CHUNK)
     products = down_product(x, mean, rstd, w, EPS, D, GROUPS, C_G, BLOCK_N, CHUNK, BLOCK_D, dtype)
     count = tl.sum(mask_n.to(tl.float32), 0)
     for i in tl.static_range(GROUPS * PARTS):
@@ -276,7 +277,7 @@ def _gram_launch(firsts: Tensor, sums: Tensor, grams: Tensor, h: Tensor, shared:
     """h (streams, R, D); the rest as the kernel has them."""
     programs, R = sums.shape[1], h.shape[1]
     constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS", "BLOCK_D")}
-    constants["BLOCK_D"] = min(constants["BLOCK_D"], 64)
+    constants["BLOCK_D"] = chunk(constants["D"] // constants["GROUPS"], min(constants["BLOCK_D"], 64))
     parts = triton.cdiv(constants["D"] // constants["GROUPS"], constants["BLOCK_D"])
     grid = programs, constants["GROUPS"] * parts * parts, len(h)
     # The interpreter takes no bound that it does not know.

@@ -29,7 +29,6 @@ import triton
 import triton.language as tl
 from lavish_fast.kernels import _launch
 from lavish_fast.kernels._tiles import (
-    DEEP,
     WIDE,
     Norm,
     activated,
@@ -39,6 +38,9 @@ from lavish_fast.kernels._tiles import (
     columns,
     down_tile,
     gate_of,
+    held,
+    hold,
+    in_turn,
     load_tiles,
     moments,
     place,
@@ -48,6 +50,7 @@ from lavish_fast.kernels._tiles import (
     token_rows,
     up_product,
     up_tile,
+    zeros,
 )
 from lavish_fast.kernels._weights import Weights
 from torch import Tensor
@@ -111,7 +114,7 @@ def _adapter_bwd_branch(
     branch_rows = token_rows(branches, branch_strides, stream, image, offs_n, STREAMS)
     dout = load_tiles(dout_rows, dout_strides[3], mask_n, TILES, C_G, CHUNK)
     branch = load_tiles(branch_rows, 1, mask_n, TILES, C_G, CHUNK)
-    mean, rstd = moments(branch, EPS.post_norm, C, C_G, CHUNK)
+    mean, rstd = moments(branch, None, mask_n, EPS.post_norm, C, C_G, BLOCK_N, CHUNK)
     v_sum, vb_sum = tl.zeros((BLOCK_N, CHUNK), tl.float32), tl.zeros((BLOCK_N, CHUNK), tl.float32)
     for t in tl.static_range(TILES):
         offs, mask_c = columns(t, C_G, CHUNK)
@@ -158,7 +161,6 @@ def _adapter_bwd_up(
     TRIPS: tl.constexpr = (C_G + CHUNK - 1) // CHUNK
     PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
     dtype: tl.constexpr = dz_ptr.dtype.element_ty
-    HELD: tl.constexpr = dtype if C > WIDE else tl.float32
     stream, image, offs_n = place(images, N, BLOCK_N)
     w = weights[0]
     if stream == 1:
@@ -168,36 +170,36 @@ def _adapter_bwd_up(
     token = ((stream * images + image) * N + offs_n)[:, None]
     dout_rows = dout_ptr + stream * dout_strides[0] + image * dout_strides[1]
     dout_rows += offs_n.to(tl.int64)[:, None] * dout_strides[2]
+    dz_rows = dz_ptr + token * C
     sums = rows_ptr + tl.program_id(0).to(tl.int64) * 4 * C
-    zeros = tl.zeros((BLOCK_N, CHUNK), tl.float32)
 
     h = load_bottleneck(h_ptr + token * D, mask_n, GROUPS, D_G, BLOCK_D)
     hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, dtype)
     zhat = ()
     for t in tl.static_range(GROUPS * TRIPS):
-        if C > WIDE or D_G > DEEP:
-            tl.debug_barrier()
+        in_turn(C, D_G, dtype)
         offs, mask_c = columns(t, C_G, CHUNK)
         z = up_product(hidden, w.up, t, GROUPS * TRIPS, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
         if EPS.bn2 is not None:
             deviation = tl.rsqrt(row(w.bn2.variance, offs, mask_c, other=1.0) + EPS.bn2)
             z = (z - row(w.bn2.mean, offs, mask_c)) * deviation
-        zhat += (z.to(HELD),)
+        zhat = hold(zhat, z, t, dz_rows, mask_n, C, C_G, CHUNK)
 
     mean = tl.zeros((BLOCK_N,), tl.float32)
     rstd = tl.full((BLOCK_N,), 1.0, tl.float32)
     average, slope = mean, mean
     if EPS.ln_after is not None:
-        total, squares, v_sum, vz_sum = zeros, zeros, zeros, zeros
+        total, squares, v_sum, vz_sum = zeros(4, BLOCK_N, CHUNK)
         for t in tl.static_range(GROUPS * TRIPS):
+            in_turn(C, D_G, dtype)
             offs, mask_c = columns(t, C_G, CHUNK)
-            total += _batch_normed(zhat[t].to(tl.float32), w.bn2, offs, mask_c)
+            total += _batch_normed(held(zhat, t, dz_rows, mask_n, C_G, CHUNK), w.bn2, offs, mask_c)
         mean = tl.sum(total, 1) / C
         for t in tl.static_range(GROUPS * TRIPS):
             # Else the rows of all tiles' parameters are loaded ahead, which takes more registers than there are.
             tl.debug_barrier()
             offs, mask_c = columns(t, C_G, CHUNK)
-            z = _batch_normed(zhat[t].to(tl.float32), w.bn2, offs, mask_c)
+            z = _batch_normed(held(zhat, t, dz_rows, mask_n, C_G, CHUNK), w.bn2, offs, mask_c)
             z = tl.where(mask_c[None, :], z - mean[:, None], 0.0)
             v = gate * _load(dout_rows, dout_strides[3], mask_n, offs, mask_c)
             if w.ln_after.weight is not None:
@@ -209,39 +211,39 @@ def _adapter_bwd_up(
         average, slope = tl.sum(v_sum, 1) / C, rstd * tl.sum(vz_sum, 1) / C
 
     for g in tl.static_range(GROUPS):
-        dz_scaled = ()
+        das = zeros(PARTS, BLOCK_N, BLOCK_D)
         for k in tl.static_range(TRIPS):
             tl.debug_barrier()
             offs, mask_c = columns(g * TRIPS + k, C_G, CHUNK)
             d = _load(dout_rows, dout_strides[3], mask_n, offs, mask_c)
-            z = _batch_normed(zhat[g * TRIPS + k].to(tl.float32), w.bn2, offs, mask_c)
+            z0 = held(zhat, g * TRIPS + k, dz_rows, mask_n, C_G, CHUNK)
+            z = _batch_normed(z0, w.bn2, offs, mask_c)
             dz = gate * d
             if EPS.ln_after is not None:
                 z = (z - mean[:, None]) * rstd[:, None]
                 if w.ln_after.weight is not None:
                     dz *= row(w.ln_after.weight, offs, mask_c)
                 dz = tl.where(mask_n & mask_c[None, :], _layer_norm_bwd(dz, z, rstd, average, slope), 0.0)
-            tl.store(dz_ptr + token * C + offs[None, :], dz.to(dtype), mask=mask_n & mask_c[None, :])
+            tl.store(dz_rows + offs[None, :], dz.to(dtype), mask=mask_n & mask_c[None, :])
             tl.store(sums + offs, tl.sum(d * z, 0), mask=mask_c)
             tl.store(sums + C + offs, tl.sum(d, 0), mask=mask_c)
             scaled = dz
             if EPS.bn2 is not None:
                 tl.store(sums + 2 * C + offs, tl.sum(dz, 0), mask=mask_c)
-                tl.store(sums + 3 * C + offs, tl.sum(dz * zhat[g * TRIPS + k].to(tl.float32), 0), mask=mask_c)
+                tl.store(sums + 3 * C + offs, tl.sum(dz * z0, 0), mask=mask_c)
                 scaled *= tl.rsqrt(row(w.bn2.variance, offs, mask_c, other=1.0) + EPS.bn2)
             if w.bn2.weight is not None:
                 scaled *= row(w.bn2.weight, offs, mask_c)
-            dz_scaled += (scaled.to(dtype),)
-        for part in tl.static_range(PARTS):
-            da = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            for k in tl.static_range(TRIPS):
-                offs, mask_c = columns(g * TRIPS + k, C_G, CHUNK)
+            added = ()
+            for part in tl.static_range(PARTS):
                 up_ptrs, mask = up_tile(w.up, offs, mask_c, part, D_G, BLOCK_D)
                 up = tl.load(up_ptrs, mask=mask, other=0.0)
-                da = tl.dot(dz_scaled[k], up, da, input_precision="tf32x3")
+                added += (tl.dot(scaled.to(dtype), up, das[part], input_precision="tf32x3"),)
+            das = added
+        for part in tl.static_range(PARTS):
             offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
             da_ptrs = da_ptr + token * D + g * D_G + offs_d[None, :]
-            tl.store(da_ptrs, da, mask=mask_n & (offs_d < D_G)[None, :])
+            tl.store(da_ptrs, das[part], mask=mask_n & (offs_d < D_G)[None, :])
 
 
 # BN2 gives dz0 = c (dz1 - s_b - ẑ s_g), c = weight / σ, s_b and s_g the means of dz1 and dz1 ẑ, ẑ = up (a - m) / σ.
@@ -268,7 +270,7 @@ def _adapter_bwd_mid(
     D_G: tl.constexpr = D // GROUPS
     PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
     dtype: tl.constexpr = centred_ptr.dtype.element_ty
-    stream = tl.program_id(1)
+    stream, g = tl.program_id(1), tl.program_id(2)
     w = weights[0]
     if stream == 1:
         w = weights[STREAMS - 1]
@@ -276,41 +278,35 @@ def _adapter_bwd_mid(
     mask_n = (offs_r < R)[:, None]
     token = (stream.to(tl.int64) * R + offs_r)[:, None]
     sums = rows_ptr + (stream.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2 * D
-    for g in tl.static_range(GROUPS):
-        tiles, centred = (), ()
-        for i in tl.static_range(PARTS):
-            offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-            offs, mask_d = g * D_G + offs_d, offs_d < D_G
-            h = tl.load(h_ptr + token * D + offs[None, :], mask=mask_n & mask_d[None, :], other=0.0)
-            a = activated(h, w.bn1, EPS.bn1, offs, mask_d, dtype).to(tl.float32)
-            tiles += (a,)
-            if means_ptr is not None:
-                a -= row(means_ptr + stream * D, offs, mask_d)
-            centred += (tl.where(mask_d[None, :], a, 0.0),)
-            tl.store(centred_ptr + token * D + offs[None, :], a.to(dtype), mask=mask_n & mask_d[None, :])
-        for j in tl.static_range(PARTS):
-            if PARTS > 1:
-                tl.debug_barrier()
-            offs_d = j * BLOCK_D + tl.arange(0, BLOCK_D)
-            offs, mask_d = g * D_G + offs_d, offs_d < D_G
-            mask = mask_n & mask_d[None, :]
-            da = tl.load(da_ptr + token * D + offs[None, :], mask=mask, other=0.0)
-            if means_ptr is not None:
-                mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-                for i in tl.static_range(PARTS):
-                    offs_i = i * BLOCK_D + tl.arange(0, BLOCK_D)
-                    matrix = mixing_ptr + ((stream * GROUPS + g) * D_G + offs_i)[:, None] * D_G + offs_d[None, :]
-                    mixing = tl.load(matrix, mask=(offs_i < D_G)[:, None] & mask_d[None, :], other=0.0)
-                    mixed = tl.dot(centred[i], mixing, mixed, input_precision="tf32x3")
-                da -= row(shifts_ptr + stream * D, offs, mask_d) + mixed
-            da = tl.where(mask & (tiles[j] > 0), da, 0.0)
-            tl.store(da_ptr + token * D + offs[None, :], da, mask=mask)
-            if EPS.bn1 is not None:
-                h = tl.load(h_ptr + token * D + offs[None, :], mask=mask, other=0.0).to(tl.float32)
-                rstd = tl.rsqrt(row(w.bn1.variance, offs, mask_d, other=1.0) + EPS.bn1)
-                hhat = (h - row(w.bn1.mean, offs, mask_d)) * rstd
-                tl.store(sums + offs, tl.sum(da * hhat, 0), mask=mask_d)
-                tl.store(sums + D + offs, tl.sum(da, 0), mask=mask_d)
+    for j in range(PARTS):
+        offs_d = j * BLOCK_D + tl.arange(0, BLOCK_D)
+        offs, mask_d = g * D_G + offs_d, offs_d < D_G
+        mask = mask_n & mask_d[None, :]
+        da = tl.load(da_ptr + token * D + offs[None, :], mask=mask, other=0.0)
+        if means_ptr is not None:
+            mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+            for i in range(PARTS):
+                offs_i = i * BLOCK_D + tl.arange(0, BLOCK_D)
+                channels, mask_i = g * D_G + offs_i, offs_i < D_G
+                h = tl.load(h_ptr + token * D + channels[None, :], mask=mask_n & mask_i[None, :], other=0.0)
+                a = activated(h, w.bn1, EPS.bn1, channels, mask_i, dtype).to(tl.float32)
+                centred = tl.where(mask_i[None, :], a - row(means_ptr + stream * D, channels, mask_i), 0.0)
+                matrix = mixing_ptr + ((stream * GROUPS + g) * D_G + offs_i)[:, None] * D_G + offs_d[None, :]
+                mixing = tl.load(matrix, mask=mask_i[:, None] & mask_d[None, :], other=0.0)
+                mixed = tl.dot(centred, mixing, mixed, input_precision="tf32x3")
+            da -= row(shifts_ptr + stream * D, offs, mask_d) + mixed
+        h = tl.load(h_ptr + token * D + offs[None, :], mask=mask, other=0.0)
+        a = activated(h, w.bn1, EPS.bn1, offs, mask_d, dtype).to(tl.float32)
+        da = tl.where(mask & (a > 0), da, 0.0)
+        tl.store(da_ptr + token * D + offs[None, :], da, mask=mask)
+        if means_ptr is not None:
+            a -= row(means_ptr + stream * D, offs, mask_d)
+        tl.store(centred_ptr + token * D + offs[None, :], a.to(dtype), mask=mask)
+        if EPS.bn1 is not None:
+            rstd = tl.rsqrt(row(w.bn1.variance, offs, mask_d, other=1.0) + EPS.bn1)
+            hhat = (h.to(tl.float32) - row(w.bn1.mean, offs, mask_d)) * rstd
+            tl.store(sums + offs, tl.sum(da * hhat, 0), mask=mask_d)
+            tl.store(sums + D + offs, tl.sum(da, 0), mask=mask_d)
 
 
 @triton.jit
@@ -387,6 +383,7 @@ def _adapter_bwd_down(
     token = ((stream * images + image) * N + offs_n)[:, None]
     dout_rows = dout_ptr + stream * dout_strides[0] + image * dout_strides[1]
     dout_rows += offs_n.to(tl.int64)[:, None] * dout_strides[2]
+    dx_rows = dx_ptr + token * C
     x_rows = token_rows(xs, x_strides, stream, image, offs_n, STREAMS)
 
     # 1. X', whitened where it has a norm; u.
@@ -399,7 +396,7 @@ def _adapter_bwd_down(
         weights_m = softmax_of_latents(x, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
         p = weights_m.to(dtype)
     x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK, HELD)
-    mean, rstd = moments(x, EPS.ln_before, C, C_G, CHUNK)
+    mean, rstd = moments(x, None, mask_n, EPS.ln_before, C, C_G, BLOCK_N, CHUNK)
     xhat = ()
     for t in tl.static_range(GROUPS * TRIPS):
         offs, mask_c = columns(t, C_G, CHUNK)
@@ -427,32 +424,32 @@ def _adapter_bwd_down(
         tl.store(dh_ptr + token * D + offs[None, :], dh[i], mask=mask)
     dr = ()
     for t in tl.static_range(GROUPS * TRIPS):
-        if C > WIDE or D_G > DEEP:
-            tl.debug_barrier()
-        dr += (_du(dh, w, t // TRIPS, t % TRIPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D).to(HELD),)
+        in_turn(C, D_G, dtype)
+        du = _du(dh, w, t // TRIPS, t % TRIPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
+        dr = hold(dr, du, t, dx_rows, mask_n, C, C_G, CHUNK)
 
     # 3. Through LN_before.
     if EPS.ln_before is not None:
         v_sum, vx_sum = tl.zeros((BLOCK_N, CHUNK), tl.float32), tl.zeros((BLOCK_N, CHUNK), tl.float32)
         scaled = ()
         for t in tl.static_range(GROUPS * TRIPS):
-            if C > WIDE or D_G > DEEP:
-                tl.debug_barrier()
+            in_turn(C, D_G, dtype)
             offs, mask_c = columns(t, C_G, CHUNK)
-            v, normed = dr[t].to(tl.float32), xhat[t].to(tl.float32)
+            v, normed = held(dr, t, dx_rows, mask_n, C_G, CHUNK), xhat[t].to(tl.float32)
             tl.store(rows_ptr + program * 2 * C + offs, tl.sum(v * normed, 0), mask=mask_c)
             tl.store(rows_ptr + program * 2 * C + C + offs, tl.sum(v, 0), mask=mask_c)
             if w.ln_before.weight is not None:
                 v *= row(w.ln_before.weight, offs, mask_c)
             v_sum += v
             vx_sum += v * normed
-            scaled += (v.to(HELD),)
+            scaled = hold(scaled, v, t, dx_rows, mask_n, C, C_G, CHUNK)
         average, slope = tl.sum(v_sum, 1) / C, tl.sum(vx_sum, 1) / C
         dr = ()
         for t in tl.static_range(GROUPS * TRIPS):
             _, mask_c = columns(t, C_G, CHUNK)
-            d = _layer_norm_bwd(scaled[t].to(tl.float32), xhat[t].to(tl.float32), rstd, average, slope)
-            dr += (tl.where(mask_n & mask_c[None, :], d, 0.0).to(HELD),)
+            v = held(scaled, t, dx_rows, mask_n, C_G, CHUNK)
+            d = _layer_norm_bwd(v, xhat[t].to(tl.float32), rstd, average, slope)
+            dr = hold(dr, tl.where(mask_n & mask_c[None, :], d, 0.0), t, dx_rows, mask_n, C, C_G, CHUNK)
 
     # 4. Through the softmax.
     dlogits = p
@@ -461,27 +458,28 @@ def _adapter_bwd_down(
         for t in tl.static_range(GROUPS * TRIPS):
             offs, mask_c = columns(t, C_G, CHUNK)
             s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
-            dp = tl.dot(dr[t].to(dtype), s.T, dp, input_precision="tf32x3")
+            d = held(dr, t, dx_rows, mask_n, C_G, CHUNK).to(dtype)
+            dp = tl.dot(d, s.T, dp, input_precision="tf32x3")
         total = tl.sum(weights_m * dp, 1)
         tl.store(dgate_ptr + program, tl.sum(total))
         dlogits = (gate_av * weights_m * (dp - total[:, None])).to(dtype)
 
     # 5. The sums.
     for t in tl.static_range(GROUPS * TRIPS):
-        if C > WIDE or D_G > DEEP:
-            tl.debug_barrier()
+        in_turn(C, D_G, dtype)
         offs, mask_c = columns(t, C_G, CHUNK)
         mask = mask_n & mask_c[None, :]
-        dx = _load(dout_rows, dout_strides[3], mask_n, offs, mask_c) + dr[t].to(tl.float32)
+        d = held(dr, t, dx_rows, mask_n, C_G, CHUNK)
+        dx = _load(dout_rows, dout_strides[3], mask_n, offs, mask_c) + d
         if summaries_ptr is not None:
             x_tile = tl.load(x_rows + offs[None, :], mask=mask, other=0.0)
             s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
             dx += tl.dot(dlogits, s, input_precision="tf32x3")
-            ds = gate_av * tl.dot(p.T, dr[t].to(dtype), input_precision="tf32x3")
+            ds = gate_av * tl.dot(p.T, d.to(dtype), input_precision="tf32x3")
             ds = tl.dot(dlogits.T, x_tile, ds, input_precision="tf32x3")
             ds_rows = ds_ptr + (program * M + offs_m)[:, None] * C
             tl.store(ds_rows + offs[None, :], ds, mask=mask_m & mask_c[None, :])
-        tl.store(dx_ptr + token * C + offs[None, :], dx.to(dtype), mask=mask)
+        tl.store(dx_rows + offs[None, :], dx.to(dtype), mask=mask)
 
 
 class Shared(NamedTuple):
@@ -544,7 +542,7 @@ def mid_launch(
     tokens = narrow_tokens(constants["D"] // constants["GROUPS"])
     constants["BLOCK_D"] = min(constants["BLOCK_D"], tokens)
     constants |= {"BLOCK_R": tokens, "num_warps": 4 if constants["BLOCK_D"] < TOKENS // 2 else 8}
-    return _launch.Launch(_adapter_bwd_mid, (triton.cdiv(R, tokens), len(h)), args, constants)
+    return _launch.Launch(_adapter_bwd_mid, (triton.cdiv(R, tokens), len(h), constants["GROUPS"]), args, constants)
 
 
 def down_launch(

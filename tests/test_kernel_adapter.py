@@ -510,5 +510,5 @@ def test_cuda_graph():
 
 
 def test_build():
-    # Of 1536 channels a thread of 16 warps holds 48 numbers, and may use 128 registers.
-    assert_built("adapter", spills={"bfloat16 1536": 32, "bfloat16 768 reduction 4 latents 16": 48})
+    # Of 1536 channels a thread of 8 warps holds 96 numbers; a few registers are spilled on sm_80 and sm_86.
+    assert_built("adapter", spills={"bfloat16 1536": 16})

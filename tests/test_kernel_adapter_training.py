@@ -535,8 +535,7 @@ def test_autocast_changes_nothing():
 
 
 def test_build():
-    # Of 1536 channels (two blocks of 24) as in the evaluation's kernel, with more to hold; the others spill a few
-    # registers each, those of 16 bits on sm_80 alone.
-    spills = {"bfloat16 192": 8, "bfloat16 768": 24, "bfloat16 1536": 640, "float32 192": 136}
+    # Of 1536 channels (two blocks of 24) _adapter_bwd_down on sm_90 spills two registers.
+    spills = {"bfloat16 1536": 8}
     # Without BN2 nothing comes back from its statistics.
     assert_built("adapter_training", spills, ("_adapter_bwd_mid", "float16 384 groups 1 norms none"))
