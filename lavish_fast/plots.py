@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _WIDTH, _LEFT, _RIGHT = 10.0, 1.1, 0.25  # inches
 _INNER = _WIDTH - _LEFT - _RIGHT
 _GAP = 0.1
-_MAX_THUMBNAILS, _MAX_THUMBNAIL = 10, 1.73
+_MAX_THUMBNAILS, _MAX_THUMBNAIL = 10, 1.73  # pictures side by side, and inches of one
+_MAX_SHEET = 60  # pictures
 _LINES, _LEAST = 4, 0.05  # classes whose probability is drawn: at most so many, if they ever reach so much
 _COLUMNS = 5  # of the legend
 _DPI = 120
@@ -139,6 +140,8 @@ def segmentation(
 def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str) -> Figure:
     """A picture of what is heard in one clip: frames with their masks, the spectrogram, and the share that is marked.
 
+    Of more than 60 frames as many are shown, spread evenly.
+
     Args:
         clip: as `media.load_clip` gives it; T frames.
         masks: (T, H, W), bool.
@@ -149,14 +152,16 @@ def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str
     frames = len(clip.video)
     if masks.ndim != 3 or not len(masks) == len(times) == frames:
         raise ValueError(f"masks and times: expected {frames}, got {tuple(masks.shape)} and {len(times)}")
+    shown = torch.linspace(0, frames - 1, min(frames, _MAX_SHEET)).round().long()
     columns = min(frames, _MAX_THUMBNAILS)
-    lines = -(-frames // columns)
+    lines = -(-len(shown) // columns)
     side = min(_INNER / columns, _MAX_THUMBNAIL)
     heights = {"title": 0.35, "frames": lines * (side + 0.2), "sound": 1.35, "area": 0.9, "last axis": 0.3}
     figure, axes = _rows(title, heights, ("frames", "sound", "area"), clip.duration)
 
-    pictures = media.denormalise(clip.video.cpu()).numpy()
-    _draw_sheet(axes["frames"], [marked(*pair) for pair in zip(pictures, masks.cpu().numpy())], times, columns, side)
+    pictures = media.denormalise(clip.video[shown].cpu()).numpy()
+    pictures = [marked(*pair) for pair in zip(pictures, masks[shown].cpu().numpy())]
+    _draw_sheet(axes["frames"], pictures, [times[i] for i in shown], columns, side)
     _draw_sound(axes["sound"], clip.audio, clip.duration / len(clip.audio))
     share = masks.float().mean((1, 2)).tolist()
     axes["area"].fill_between(times, share, color=MARK, alpha=0.3, linewidth=0)
@@ -167,7 +172,7 @@ def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str
     axes["area"].tick_params(axis="y", labelsize=8, colors=_MUTED, length=0)
     axes["area"].grid(axis="y", color=_BACKGROUND, linewidth=0.8)
     _name_row(axes["area"], "marked")
-    axes["area"].yaxis.set_label_coords(-0.03, 0.5)
+    axes["area"].yaxis.set_label_coords(-0.045, 0.5)
     _show_seconds(axes["area"])
     return figure
 
@@ -193,8 +198,9 @@ def opacity(mask: np.ndarray, height: int, width: int) -> Image.Image:
 
     # Blurred by half a pixel of its own and cut off again, so that a small mask has smooth edges on a large picture.
     grey = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
-    grey = grey.filter(ImageFilter.GaussianBlur([max(0, (a / b - 1) / 2) for a, b in zip(grey.size, mask.T.shape)]))
-    inside = grey.point(lambda value: 8 * (value - 112))
+    scales = [max(1, pixels / own) for pixels, own in zip(grey.size, mask.T.shape)]
+    grey = grey.filter(ImageFilter.GaussianBlur([(scale - 1) / 2 for scale in scales]))
+    inside = grey.point(lambda value: 128 + 1.5 * max(scales) * (value - 128))  # an edge of about two pixels
     core = inside
     for _ in range(max(1, round(min(height, width) / 150))):  # pixels of the outline
         core = core.filter(ImageFilter.MinFilter(3))

@@ -17,6 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lavish_fast
@@ -346,6 +347,33 @@ def test_evaluate_leaves_a_bad_file_out_and_says_so(run, options, tmp_path):
     assert result.code == 1
     assert_one_line(result.err, "clip4.mp4", "expected a media file")
     assert "1 of 2" in result.out
+
+
+def test_vggish_is_asked_for_by_its_weights(run, train_options, dataset, tmp_path, monkeypatch):
+    class Ear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(96 * 64, 128)
+
+        def forward(self, patches):
+            return self.fc(patches.flatten(1)).relu()
+
+    monkeypatch.setattr("lavish_fast.model.VGGish", Ear)
+    save_file(Ear().state_dict(), tmp_path / "ear.safetensors")
+    fast = ("--epochs", 1, "--workers", 0)
+    result = run(*train_options, *fast, "--vggish", tmp_path / "ear.safetensors")
+    assert result.code == 0, result.err
+    best = tmp_path / "out" / "best"
+    saved = Config.from_dict(checkpoint.read_config(best / "config.json"))
+    assert saved.head.vggish_weights == str(tmp_path / "ear.safetensors")
+    assert not any("vggish" in name for name in checkpoint.read_tensors(best / "model.safetensors"))
+    found = run("localize", dataset / "AVE" / "clip0.mp4", "--checkpoint", best, "--out", tmp_path / "found")
+    assert found.code == 0, found.err
+    assert len((tmp_path / "found" / "localize.jsonl").read_text().splitlines()) == 2
+    (tmp_path / "config.json").write_text(json.dumps(saved.to_dict() | {"head": {"vggish": True}}))
+    result = run(*train_options, *fast, "--out", tmp_path / "other")
+    assert result.code == 2
+    assert_one_line(result.err, "--vggish", "expected a file of its weights, got none")
 
 
 def test_every_training_option_arrives(run, train_options, monkeypatch):

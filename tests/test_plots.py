@@ -249,3 +249,91 @@ def test_report_of_nothing(tmp_path):
     plots.report(tmp_path / "report.html", title="empty", summary_rows=[], clips=[])
     page = Page((tmp_path / "report.html").read_text())
     assert not {"table", "img", "h2"} & {tag for tag, _ in page.tags}
+
+
+# Masks, choices and sweeps
+
+
+def assert_within(figure):
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox()  # inches, of what is drawn
+    assert 0 <= box.x0 < box.x1 <= figure.get_figwidth()
+    assert 0 <= box.y0 < box.y1 <= figure.get_figheight()
+
+
+@pytest.mark.parametrize("frames", [1, 5, 23, 130])
+def test_a_sheet_of_masks(frames):
+    masks = torch.zeros(frames, 8, 8, dtype=torch.bool)
+    masks[0, :4] = True
+    times = [2.0 * i for i in range(frames)]
+    clip = make_clip(frames)._replace(duration=2.0 * frames)
+    figure = plots.masks(clip, masks, times, title="x.mp4")
+    assert_within(figure)
+    rows = rows_of(figure)
+    assert list(rows) == ["frames", "sound", "marked"]
+    assert len(rows["frames"].images) == min(frames, 60)
+    shown = [float(text.get_text().split()[0]) for text in rows["frames"].texts]
+    assert (shown[0], shown[-1]) == (times[0], times[-1])
+    assert shown == sorted(shown)
+    (line,) = rows["marked"].lines
+    assert line.get_xdata().tolist() == times
+    assert line.get_ydata().tolist() == [0.5] + [0.0] * (frames - 1)
+    with pytest.raises(ValueError, match=rf"masks and times: expected {frames}, got \({frames}, 8, 8\) and 0"):
+        plots.masks(clip, masks, [], title="")
+
+
+def test_a_mask_marks_what_is_in_it_and_nothing_else():
+    generator = np.random.default_rng(0)
+    picture = generator.integers(0, 255, (600, 1000, 3), np.uint8)
+    mask = np.zeros((12, 10), bool)
+    mask[3:6, 2:7] = True  # rows 150 to 299, columns 200 to 699
+    got = plots.marked(picture, mask)
+    colour = np.array([int(plots.MARK[i : i + 2], 16) for i in (1, 3, 5)])
+    changed = (got != picture).any(-1)
+    assert not changed[:120].any()
+    assert not changed[330:].any()
+    assert not changed[:, :120].any()
+    assert not changed[:, 780:].any()
+    inside = slice(180, 270), slice(300, 600)
+    assert np.abs(got[inside] - (0.6 * picture[inside] + 0.4 * colour)).max() <= 2
+    # The outline is nearly of one colour, whatever is beneath.
+    assert any(np.abs(got[row, 300:600].astype(int) - colour).max() < 4 for row in range(130, 180))
+    assert np.array_equal(plots.marked(picture, np.zeros((12, 10), bool)), picture)
+    whole = plots.marked(picture, np.ones((600, 1000), bool))
+    assert np.array_equal(plots.marked(picture, plots.opacity(np.ones((600, 1000), bool), 600, 1000)), whole)
+
+
+@pytest.mark.parametrize("below", [None, "x.mp4"])
+def test_a_choice_shows_the_probabilities(below):
+    best = [("$yes$", 0.7), ("a name that is rather long, as some are", 0.2), ("no", 0.0)]
+    figure = plots.choice(
+        make_clip(16)._replace(audio=torch.randn(1, 48, 40)), best, title="Is it?", what="answer", below=below
+    )
+    assert_within(figure)
+    bars = rows_of(figure)["answer"].patches
+    assert [bar.get_width() / bars[0].get_width() for bar in bars] == pytest.approx([1, 2 / 7, 0])
+    texts = [text.get_text() for text in texts_of(figure)]
+    assert {"0.70  $yes$", "0.20  a name that is rather long, as some are", "0.00  no", "Is it?"} <= set(texts)
+    assert ("x.mp4" in texts) == (below is not None)
+
+
+def test_a_sweep_shows_score_and_cost():
+    figure = plots.latents([2], [0.5], [3.0], "accuracy")
+    assert_within(figure)
+    counts, scores, gflops = [1, 2, 8], [0.2, 0.4, 0.3], [10.0, 11.0, 17.0]
+    figure = plots.latents(counts, scores, gflops, "accuracy")
+    assert_within(figure)
+    left, right = figure.axes
+    assert left.lines[0].get_xydata().tolist() == [list(x) for x in zip(counts, scores)]
+    assert right.lines[0].get_xydata().tolist() == [list(x) for x in zip(counts, gflops)]
+    assert [text.get_text() for text in left.texts] == ["40.0%"]
+    assert [text.get_text() for text in left.get_xticklabels()] == ["1", "2", "8"]
+
+
+def test_figures_are_saved_by_the_name_of_the_file(tmp_path):
+    figure = plots.latents([1, 2], [0.5, 0.6], [3.0, 4.0], "accuracy")
+    plots.save(figure, tmp_path / "a.png")
+    plots.save(figure, tmp_path / "a.svg")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]

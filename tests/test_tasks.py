@@ -247,7 +247,9 @@ def test_a_section_of_another_task_is_refused():
         make_config("avs", head=AVQAConfig())
     with pytest.raises(ValueError, match=r"adapter\.p2: expected False for resnet"):
         make_config("ave", backbone=ResNetConfig(img_size=32), adapter=ADAPTER)
-    with pytest.raises(ValueError, match=r"head: expected fields among channels, size, tpavi_stages, got depth"):
+    with pytest.raises(
+        ValueError, match=r"head: expected fields among channels, hidden, size, tpavi_stages, got depth"
+    ):
         Config.from_dict(make_config("avs").to_dict() | {"head": {"depth": 3}})
     values = dataclasses.asdict(make_config("avs").head)
     assert Config.from_dict(make_config("avs").to_dict() | {"head": values}) == make_config("avs")

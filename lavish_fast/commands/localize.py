@@ -53,6 +53,7 @@ def localize(
         return rows
 
     options = {"frames": None, "img_size": config.backbone.img_size, "spectrogram": config.spectrogram}
+    options["patches"] = config.head.vggish
     watch.each("localize", files, out, show, **options)
 
 
@@ -60,9 +61,11 @@ def per_second(model: Model, clip: Clip) -> Tensor:
     """(T, K) of a clip of any length: the model takes each second on its own."""
     import torch
 
+    tensors = {"audio": clip.audio, "video": clip.video, "patches": clip.patches}
+    chunks = {name: x.split(_CHUNK) for name, x in tensors.items() if x is not None}
     with torch.inference_mode():
-        chunks = zip(clip.audio.split(_CHUNK), clip.video.split(_CHUNK))
-        return torch.cat([model(**watch.inputs(model, audio=a, video=v)).float().cpu() for a, v in chunks])
+        given = (dict(zip(chunks, parts)) for parts in zip(*chunks.values()))
+        return torch.cat([model(**watch.inputs(model, **part)).float().cpu() for part in given])
 
 
 def segments(probabilities: Tensor, decided: Tensor, classes: Sequence[str], seconds: float) -> list[dict[str, Any]]:

@@ -49,6 +49,14 @@ Preset = Annotated[
 ConfigFile = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="A config.json instead of a preset.")
 ]
+VGGish = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="VGGish's weights (vggish-10086976.pth): its features join ave's last layer.",
+    ),
+]
 Modality = Annotated[Literal["audio+video", "video", "audio"] | None, typer.Option(help="The streams that run.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs at most.", show_default=_OF_TASK)]
 Patience = Annotated[

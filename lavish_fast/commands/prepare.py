@@ -55,6 +55,10 @@ def prepare(
 
     if not folder.is_dir():
         raise typer.BadParameter(f"expected a folder, got none: {folder} ({_get(dataset)})", param_hint="DIR")
+    if extract and dataset == "action":
+        raise typer.BadParameter(
+            "expected ave, avs or avqa, got action, whose videos are read as they are", param_hint="--extract"
+        )
     module, config = tasks.load(dataset), Config.from_preset(PRESETS[dataset])
     with suppress(OSError, ValueError):  # the report says it
         config = module.settle(config, folder)
@@ -70,9 +74,9 @@ def prepare(
             bar.update(task, completed=done, total=total)
 
         report = module.verify(folder, config, decode=decode, workers=workers, progress=progress)
-    _print_report(console, report)
+    _print_report(console, report, "questions" if dataset == "avqa" else "clips")
     if decode:
-        console.print(f"{tried} clips decoded, {len(report.undecodable)} of them in vain")
+        console.print(f"{tried} clips tried, {len(report.undecodable)} cannot be read")
     if not report.ok:
         console.print(_get(dataset), markup=False, soft_wrap=True)
     if bad or not report.ok:
@@ -84,16 +88,16 @@ def _get(dataset: str) -> str:
     return f"to be had from {_SOURCES[dataset]}"
 
 
-def _print_report(console: Console, report: Any) -> None:
+def _print_report(console: Console, report: Any, entries: str) -> None:
     from rich.table import Table
 
     if report.splits:
         table = Table("split")
-        for name in ("clips", "without media"):
+        for name in (entries, "without media"):
             table.add_column(name, justify="right")
-        for split, clips in report.splits.items():
+        for split, count in report.splits.items():
             missing = len(report.missing[split])
-            table.add_row(split, str(clips), str(missing), style="red" if missing else "")
+            table.add_row(split, str(count), str(missing), style="red" if missing else "")
         console.print(table)
     for kind, lines in (("problem", report.problems), ("note", report.notes)):
         for line in lines:
@@ -104,8 +108,10 @@ def _extract(console: Console, dataset: str, folder: Path, config: Config, worke
     """Extracts what is not extracted yet. Returns whether a file could not be read, or was not there."""
     from lavish_fast import extraction, media
 
-    with terminal.bad_usage(ValueError):
+    try:
         plan = extraction.plan(dataset, folder, config)
+    except (OSError, ValueError):  # the report says it
+        return True
     failed = 0
     with terminal.progress(console) as bar:
         task = bar.add_task("extract", total=len(plan.videos))

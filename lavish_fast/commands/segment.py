@@ -37,8 +37,8 @@ def segment(
 ) -> None:
     """Mark what is heard in the pictures of videos.
 
-    Read is one frame a second, the first and the last one among them, each with the sound around it; the model takes as
-    many at once as it was trained on. Of a shorter video it takes as many frames, closer together.
+    One frame a second is read, from the first to the last, each with the sound around it, and as many go through the
+    model at once as it was trained on. Of a video shorter than that it reads as many, closer together.
 
     Of each video, OUT has NAME.png, its frames with their masks; NAME/, a picture and a black and white mask of each;
     and NAME.mp4, the video with the mask of the nearest second on every frame, and its sound as one channel.
@@ -49,8 +49,9 @@ def segment(
     from lavish_fast.checkpoint import write_atomically
 
     files = watch.find(videos)
-    for file, place in zip(files, watch.places(files)):
-        if file.resolve() == (out / f"{place}.mp4").resolve():
+    films = {(out / f"{place}.mp4").resolve() for place in watch.places(files)}
+    for file in files:
+        if file.resolve() in films:
             raise typer.BadParameter(f"expected another folder than that of {file}, got {out}", param_hint="--out")
     model = watch.ready(watch.load_model(checkpoint, backbone, "avs"))
     config = model.config

@@ -98,7 +98,7 @@ def latents(
     console, rows = terminal.console(), []
     for count in counts:
         folder = out / f"latents-{count}"
-        console.print(f"[bold]{count} latent tokens")
+        console.print(f"[bold]latents: {count}")
         adapter = dataclasses.replace(chosen.adapter, latents=count)
         torch.manual_seed(seed)
         model = Model(dataclasses.replace(chosen, adapter=adapter)).load_backbone(weights)
@@ -190,13 +190,13 @@ def _kept_scores(folder: Path, fit: Fit) -> dict[str, Any] | None:
 def _table(rows: list[dict[str, Any]], name: str) -> Table:
     from rich.table import Table
 
-    table = Table("latents", f"test {name}", "validation", "GFLOPs a clip", "trainable", "best epoch", title="latents")
+    table = Table("latents", f"test {name}", "validation", "GFLOPs a clip", "trainable parameters", "best epoch")
     for column in table.columns:
         column.justify = "right"
     best = max(row["scores"][name] for row in rows)
     for row in rows:
         cells = (str(row["latents"]), f"{row['scores'][name]:.1%}", f"{row['validation_score']:.1%}")
-        cells += (f"{row['gflops']:.4g}", f"{row['trainable_parameters'] / 1e6:.2f} M")
+        cells += (f"{row['gflops']:.4g}", f"{row['trainable_parameters']:,}")
         cells += (f"{row['best_epoch']} of {row['epochs']}",)
         table.add_row(*cells, style="bold" if row["scores"][name] == best else "")
     return table

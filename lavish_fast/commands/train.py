@@ -25,6 +25,7 @@ def train(
     preset: options.Preset = None,
     config: options.ConfigFile = None,
     backbone: options.Backbone = None,
+    vggish: options.VGGish = None,
     modality: options.Modality = None,
     epochs: options.Epochs = None,
     patience: options.Patience = None,
@@ -69,11 +70,13 @@ def train(
         on_nan=on_nan,
         checkpointing=checkpointing,
     )
-    chosen = configuration(task, data, preset=preset, path=config, backbone=backbone, modality=modality)
+    chosen = configuration(task, data, preset=preset, path=config, backbone=backbone, modality=modality, vggish=vggish)
     sets = [tasks.load(task).Dataset(data, split, chosen) for split in ("train", "val")]
     torch.manual_seed(seed)
     with terminal.bad_usage(FileNotFoundError):
         model = Model(chosen).load_backbone()
+        if model.vggish is not None:
+            model.load_vggish()
     fit = training.fit(model, *sets, how, out, resume=resume)
     console = terminal.console()
     best = f"best validation score {fit.best_score:.1%}, in epoch {fit.best_epoch} of {fit.epochs}"
@@ -90,7 +93,14 @@ def settings(task: str, **given: Any) -> TrainConfig:
 
 
 def configuration(
-    task: str, data: Path, *, preset: str | None, path: Path | None, backbone: str | None, modality: str | None
+    task: str,
+    data: Path,
+    *,
+    preset: str | None,
+    path: Path | None,
+    backbone: str | None,
+    modality: str | None,
+    vggish: Path | None = None,
 ) -> Config:
     """The model's configuration: a preset's or a file's, with what the data set fixes and what is given."""
     from lavish_fast import checkpoint, tasks
@@ -106,6 +116,13 @@ def configuration(
     if chosen.task != task:
         raise typer.BadParameter(f"expected one for {task}, got {preset or path} for {chosen.task}")
     chosen = tasks.load(task).settle(dataclasses.replace(chosen, modality=modality or chosen.modality), data)
+    if vggish is not None:
+        if task != "ave":
+            raise typer.BadParameter(f"expected it with ave alone, got {task}", param_hint="--vggish")
+        head = dataclasses.replace(chosen.head, vggish=True, vggish_weights=os.path.abspath(vggish))
+        chosen = dataclasses.replace(chosen, head=head)
+    if task == "ave" and chosen.head.vggish and chosen.head.vggish_weights is None:
+        raise typer.BadParameter("expected a file of its weights, got none", param_hint="--vggish")
     if backbone is not None:
         # The checkpoint names it, and is loaded from other folders than this one.
         backbone = os.path.abspath(backbone) if os.path.isfile(backbone) else backbone

@@ -12,7 +12,8 @@ A module a task. What `run` reads of each of them:
   `Dataset` reads, deterministically; progress is called as progress(clips written, clips in all).
 - `perfect_senses(root)`: by variant, what a model reaches on the test split that recognises everything in the streams
   it has, and by "chance" what one reaches that has none; from 0 to 1.
-- `SCORE`: what the task's first score is called in summary.json. `TITLE`, `NOTES`: of the report.
+- `SCORE`: what the task's first score is called in summary.json. `MORE`: which of its other scores are shown beside it.
+  `TITLE`, `NOTES`: of the report.
 - `picture(config, item, kept)`: an item of the test split and what `tasks.<task>.kept` says of it, as a figure and a
   caption. `table(config, item, kept)`: the same for the terminal.
 - `invitation(data, name, checkpoint)`: the command to try next, with a clip of the data set and the best model.
@@ -80,7 +81,7 @@ def run(task: str, out: Path, *, seed: int, console: Console) -> None:
         module = tasks.load(task)
         config = module.settle(demo.CONFIG, data)
         sets = {split: module.Dataset(data, split, config, cache=True) for split in demo.CLIPS}
-        bar = progress.add_task("reading clips", total=total)
+        bar = progress.add_task("reading clips", total=sum(map(len, sets.values())))
         for split in sets.values():
             for i in range(len(split)):
                 split[i]
@@ -102,12 +103,12 @@ def run(task: str, out: Path, *, seed: int, console: Console) -> None:
 
     seconds = time.perf_counter() - started
     senses = demo.perfect_senses(data)
-    summary = {m: _numbers(demo.SCORE, models[m], results[m], senses[m], senses["chance"]) for m in MODALITIES}
+    summary = {m: _numbers(demo, models[m], results[m], senses[m], senses["chance"]) for m in MODALITIES}
     facts = summary | {"seconds": round(seconds, 1), "seed": seed}
     checkpoint.write_text(out / "summary.json", json.dumps(facts, indent=2) + "\n")
     best = results["audio+video"]
     score = next(iter(best.scores))
-    rows = _rows(demo.SCORE, score, summary)
+    rows = _rows(demo, score, summary)
     _print_summary(console, rows)
 
     names = list(best.predictions)
@@ -133,11 +134,12 @@ def run(task: str, out: Path, *, seed: int, console: Console) -> None:
 
 
 def _numbers(
-    score: str, model: Model, result: training.Evaluation, perfect_senses: float, chance: float
+    demo: ModuleType, model: Model, result: training.Evaluation, perfect_senses: float, chance: float
 ) -> dict[str, Any]:
     """Of a variant: scores from 0 to 1, the number of trainable parameters, clips a second in evaluation."""
     return {
-        score: result.score,
+        demo.SCORE: result.score,
+        **{name: result.scores[name] for name in demo.MORE},
         "perfect_senses": perfect_senses,
         "chance": chance,
         "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
@@ -145,11 +147,12 @@ def _numbers(
     }
 
 
-def _rows(key: str, score: str, summary: dict[str, Any]) -> list[dict[str, str]]:
+def _rows(demo: ModuleType, score: str, summary: dict[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "variant": modality,
-            score: f"{numbers[key]:.1%}",
+            score: f"{numbers[demo.SCORE]:.1%}",
+            **{name: f"{numbers[name]:.1%}" for name in demo.MORE},
             "perfect senses": f"{numbers['perfect_senses']:.1%}",
             "chance": f"{numbers['chance']:.1%}",
             "trainable parameters": f"{numbers['trainable_parameters']:,}",

@@ -26,6 +26,7 @@ TRAIN = TrainConfig(batch_size=4, epochs=5, lr=3e-3, head_lr=2e-3, lr_step=2, lr
 CLIPS = {"train": 256, "val": 32, "test": 48}
 
 SCORE = "accuracy"
+MORE = ()
 TITLE = "LAVISH learns to see and hear"
 NOTES = (
     "A second is an event only while its source is both seen and heard. 'perfect senses' is what a model "

@@ -31,6 +31,7 @@ TRAIN = TrainConfig(batch_size=6, epochs=8, lr=5e-3, head_lr=5e-3, lr_step=6, lr
 CLIPS = {"train": 384, "val": 24, "test": 48}
 
 SCORE = "mIoU"
+MORE = ()
 TITLE = "LAVISH learns to see what sounds"
 NOTES = (
     "A solid object and a hollow one move, and one of them sounds: its pixels are the mask. A model learns from the "

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -408,25 +409,38 @@ def _in_processes(write: Callable[[int], None], total: int, workers: int) -> Ite
         yield from pool.map(write, range(total), chunksize=4)
 
 
+def majority_accuracy(train: Iterable[tuple[Hashable, str]], test: Sequence[tuple[Hashable, str]]) -> float:
+    """The share (0 to 1) of the test labels that are the most frequent one for what is observed, by the train pairs.
+
+    train, test: what is observed of something, and its label. Of what was never observed the label is never right.
+    """
+    counts: dict[Hashable, Counter[str]] = {}
+    for observed, label in train:
+        counts.setdefault(observed, Counter())[label] += 1
+    best = {observed: labels.most_common(1)[0][0] for observed, labels in counts.items()}
+    return sum(best.get(observed) == label for observed, label in test) / len(test)
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Writes a text file, the same bytes on every system."""
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
-def write_video(path: Path, pictures: Iterable[np.ndarray], wave: np.ndarray) -> None:
+def write_video(path: Path, pictures: Iterable[np.ndarray], wave: np.ndarray | None) -> None:
     """Writes an mp4 file: h264 at `FPS` frames per second, AAC in mono at `SAMPLE_RATE`.
 
     Args:
         pictures: (SIZE, SIZE, 3) uint8 each.
-        wave: (samples,) float32, clipped to [-1, 1].
+        wave: (samples,) float32, clipped to [-1, 1]; None for a file without sound.
     """
     with av.open(str(path), "w") as container:
         # One thread: x264 gives other bytes for another number of threads.
         video = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "24", "threads": "1"})
         video.width = video.height = SIZE
         video.pix_fmt = "yuv420p"
-        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options={"aac_coder": "fast"})
-        audio.bit_rate = 64000
+        if wave is not None:
+            audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options={"aac_coder": "fast"})
+            audio.bit_rate = 64000
 
         for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -434,7 +448,8 @@ def write_video(path: Path, pictures: Iterable[np.ndarray], wave: np.ndarray) ->
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
 
-        frame = av.AudioFrame.from_ndarray(np.clip(wave, -1, 1)[None], format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
-        container.mux(audio.encode(frame))
-        container.mux(audio.encode(None))
+        if wave is not None:
+            frame = av.AudioFrame.from_ndarray(np.clip(wave, -1, 1)[None], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
+            container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
