@@ -303,7 +303,8 @@ def roofline(
     from benchmarks import roofline as module
     from lavish_fast.config import Config
 
-    model = choose_one("model", model, Config.presets(), model)
+    known = [name for name in Config.presets() if module.countable(Config.from_preset(name))]
+    model = choose_one("model", model, known, model)
     dtype = choose_one("dtype", dtype, module.DTYPES, dtype)
     device = choose_one("device", device, ("cpu", "cuda"), "cuda" if results.has_card() else "cpu")
     if (tflops is None) != (gb_per_s is None):

@@ -222,8 +222,18 @@ def model_ops(
             gradients that the adapters would ask it for. Blocks that `first_block` skips are left out all the same.
         fused: each adapter as one op, at its best, instead of the four kernels that it is made of.
     """
+    if not countable(config):
+        raise ValueError(
+            f"roofline: expected event localisation on a Swin-V2 or ViT, without VGGish, got {config.task} on "
+            f"{config.backbone.kind}"
+        )
     listing = _Listing(config, batch * config.frames, itemsize, training, adapters, fused)
     return [replace(op, calls=calls) for op, calls in Counter(listing.ops()).items()]
+
+
+def countable(config: Config) -> bool:
+    """Whether `model_ops` knows the whole network."""
+    return config.task == "ave" and config.backbone.kind in ("swinv2", "vit") and not config.head.vggish
 
 
 class _Listing:

@@ -62,7 +62,7 @@ def test_run_fails_when_a_path_is_wrong(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--case", "nope"], "case: expected some of ave, ave-vit, latents, cmbs"),
+        (["run", "--case", "nope"], "case: expected some of ave, networks, ave-vit, latents, cmbs"),
         (["run", "--mode", "nope"], "mode: expected some of inference, training, got nope"),
         (["run", "--path", "released,nope"], "path: expected some of reference, released"),
         (["run", "--dtype", "fp8"], "dtype: expected some of float64, float32"),

@@ -25,7 +25,7 @@ def test_the_papers_preset():
 
 @pytest.mark.parametrize("name", Config.presets())
 def test_presets_survive_json(name):
-    config = Config.from_preset(name, modality="video")
+    config = Config.from_preset(name, modality="audio")
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

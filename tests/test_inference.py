@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kernel_parity import DEVICE, DTYPES, small_backbone
-from lavish_fast import Model, ops
+from lavish_fast import Model, ops, tasks
 from lavish_fast.adapter import LavishAdapter
 from lavish_fast.concatenated import Linear
 from lavish_fast.config import AdapterConfig, ViTConfig
@@ -27,7 +27,8 @@ def make(dtype=torch.float32, seed=0, **options) -> Model:
 def run(module, inputs):
     """Features and probabilities: the softmax alone would hide most of an error."""
     features = []
-    handle = module.head.register_forward_pre_hook(lambda _, args: features.append(args[0]))
+    beside = lambda _, args: features.append(tasks.side_by_side(module.config, args[0]))  # noqa: E731
+    handle = module.head.register_forward_pre_hook(beside)
     with torch.no_grad():
         probabilities = module(*inputs)
     handle.remove()
