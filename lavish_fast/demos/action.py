@@ -41,7 +41,8 @@ NOTES = (
 
 def table(config: Config, item: dict[str, Any], probabilities: Tensor) -> Table:
     """The classes by their probability (K,)."""
-    table = Table(title=f"An unseen clip: {item['id']}")
+    title = f"An unseen clip: {item['id']}"
+    table = Table(title=title, min_width=len(title))
     table.add_column("action")
     table.add_column("probability", justify="right")
     for name, probability in _best(config, probabilities):

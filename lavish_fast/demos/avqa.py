@@ -17,7 +17,7 @@ from lavish_fast.synthetic.avqa import SECONDS
 from lavish_fast.synthetic.avqa import TRUTH as TRUTH
 from lavish_fast.synthetic.avqa import perfect_senses as perfect_senses
 from lavish_fast.synthetic.avqa import write_dataset as write_dataset
-from lavish_fast.tasks.avqa_questions import PAD
+from lavish_fast.tasks.avqa_questions import PAD, questions_path, read_questions
 
 CONFIG = Config(
     backbone=BACKBONE,
@@ -45,7 +45,8 @@ NOTES = (
 
 def table(config: Config, item: dict[str, Any], probabilities: Tensor) -> Table:
     """The answers by their probability (K,)."""
-    table = Table(title=f"An unseen clip: {question(config, item)}", caption=f"right: {_truth(config, item)}")
+    title = f"An unseen clip: {_question(config, item)}"
+    table = Table(title=title, caption=f"right: {_truth(config, item)}", min_width=len(title))
     table.add_column("answer")
     table.add_column("probability", justify="right")
     for answer, probability in _best(config, probabilities):
@@ -57,18 +58,19 @@ def picture(config: Config, item: dict[str, Any], probabilities: Tensor) -> tupl
     """The clip, the question and its most probable answers: probabilities (K,)."""
     best, truth = _best(config, probabilities), _truth(config, item)
     clip = media.Clip(item["audio"], item["positive"], float(SECONDS), ())
-    figure = plots.choice(clip, best, title=question(config, item), what="answer")
+    figure = plots.choice(clip, best, title=_question(config, item), what="answer")
     return figure, f"right: {truth}" if best[0][0] == truth else f"wrong: the answer is {truth}, not {best[0][0]}"
 
 
 def invitation(data: Path, name: str, checkpoint: Path) -> str:
     """The command to try next."""
-    asked = shlex.quote("Is this sound from the object in the video?")
-    return f"lavish-fast answer {sorted((data / 'videos').glob('*.mp4'))[-1]} {asked} --checkpoint {checkpoint}"
+    asked = next(q for q in read_questions(questions_path(data, "test")) if str(q.question_id) == name)
+    video, words = data / "videos" / f"{asked.video_id}.mp4", shlex.quote(" ".join(asked.words) + "?")
+    return f"lavish-fast answer {video} {words} --checkpoint {checkpoint}"
 
 
-def question(config: Config, item: dict[str, Any]) -> str:
-    """An item's question in words."""
+def _question(config: Config, item: dict[str, Any]) -> str:
+    """In words."""
     words = (config.head.words[i] for i in item["question"].tolist())
     return " ".join(word for word in words if word != PAD) + "?"
 
