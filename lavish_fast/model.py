@@ -225,7 +225,7 @@ class Model(Network):
         """
         directory = Path(directory)
         checkpoint.write_text(directory / checkpoint.CONFIG_NAME, json.dumps(self.config.to_dict(), indent=2) + "\n")
-        metadata = {"format": "pt"} | {f"{name}_sha256": value for name, value in self._fingerprints().items()}
+        metadata = {"format": "pt"} | self.fingerprints()
         checkpoint.write_tensors(directory / checkpoint.WEIGHTS_NAME, self.trainable_state_dict(), metadata)
         if push_to_hub:
             from huggingface_hub import HfApi
@@ -235,9 +235,9 @@ class Model(Network):
             files = [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME]
             api.upload_folder(repo_id=name, folder_path=directory, allow_patterns=files)
 
-    def _fingerprints(self) -> dict[str, str]:
-        """Checksums of what is frozen, by name."""
-        frozen = {"backbone": self.backbone, "vggish": self.vggish}
+    def fingerprints(self) -> dict[str, str]:
+        """Checksums of what is frozen: "backbone_sha256", and "vggish_sha256" where it is beside."""
+        frozen = {"backbone_sha256": self.backbone, "vggish_sha256": self.vggish}
         return {name: checkpoint.fingerprint(module) for name, module in frozen.items() if module is not None}
 
     @classmethod
@@ -274,10 +274,11 @@ class Model(Network):
         if model.vggish is not None:
             model.load_vggish(vggish)
         written = checkpoint.read_metadata(directory / checkpoint.WEIGHTS_NAME)
-        for name, got in model._fingerprints().items():
-            if (expected := written.get(f"{name}_sha256")) != got:
+        for name, got in model.fingerprints().items():
+            if (expected := written.get(name)) != got:
+                what = name.removesuffix("_sha256")
                 raise ValueError(
-                    f"{source}: expected the {name} it was trained on (checksum {str(expected)[:12]}), got {got[:12]}"
+                    f"{source}: expected the {what} it was trained on (checksum {str(expected)[:12]}), got {got[:12]}"
                 )
         return model.eval()
 

@@ -248,7 +248,7 @@ class _Run:
         )
         self.identity = {
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE},
-            "model": model.config.to_dict() | model._fingerprints(),
+            "model": model.config.to_dict() | model.fingerprints(),
             "train_clips": steps.clips,
             "processes": steps.world,
         }
