@@ -42,9 +42,10 @@ def sdpa(
 ) -> Tensor:
     """`reference.window_attention` by `scaled_dot_product_attention`, on the backend named and no other.
 
-    Without a name it is the memory-efficient kernel on CUDA, and on a CPU the flash kernel in at least float32, which
-    there is both faster and more accurate than in narrower types. Left to itself PyTorch may take
-    cuDNN on Hopper, which reads a float32 bias beside a bfloat16 q wrongly.
+    Without a name it is the memory-efficient kernel on CUDA, and on a CPU PyTorch's choice (its flash kernel) in at
+    least float32, which there is both faster and more accurate than in narrower types. Left to itself on Hopper
+    PyTorch may take cuDNN, which reads a float32 bias beside a bfloat16 q wrongly. A backend is chosen for the whole
+    process while it runs: on CUDA one thread at a time.
 
     Raises: RuntimeError where this backend does not take these tensors.
     """
@@ -62,12 +63,12 @@ def _sdpa_on_cpu(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Ten
     wide = torch.promote_types(dtype, torch.float32)
     q = F.normalize(q.to(wide), dim=-1) * logit_scale.to(wide)
     k, v, bias = F.normalize(k.to(wide), dim=-1), v.to(wide), bias.to(wide)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        if mask is None:
-            out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), bias.unsqueeze(0), scale=1.0)
-            return out.to(dtype).view(shape)
-        windows = zip(*(x.unbind(1) for x in (q, k, v)), mask.to(wide), strict=True)
-        out = [F.scaled_dot_product_attention(*x, (bias + m).unsqueeze(0), scale=1.0) for *x, m in windows]
+    # No sdpa_kernel here: it sets the whole process, so threads would leave each other's choice behind.
+    if mask is None:
+        out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), bias.unsqueeze(0), scale=1.0)
+        return out.to(dtype).view(shape)
+    windows = zip(*(x.unbind(1) for x in (q, k, v)), mask.to(wide), strict=True)
+    out = [F.scaled_dot_product_attention(*x, (bias + m).unsqueeze(0), scale=1.0) for *x, m in windows]
     return torch.stack(out, 1).to(dtype)
 
 

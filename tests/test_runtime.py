@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lavish_fast import Model, TrainingStep, explain, optimize, runtime
@@ -341,13 +342,23 @@ def test_it_does_not_follow_the_model(model):
     assert torch.equal(fast(*given), before)
 
 
-def test_threads_get_their_own_results(model):
+def test_threads_get_their_own_results(model, monkeypatch):
     fast = optimize(model, compile=False)
     given = [tiny_inputs(1, seed=seed) for seed in range(4)]
     expected = [fast(*x) for x in given]
+    # PyTorch's choice among attention kernels is the whole process's: a thread that sets it may leave it set.
+    attention, switched = F.scaled_dot_product_attention, []
+
+    def watch(*args, **options):
+        switched.append(not torch.backends.cuda.math_sdp_enabled())
+        return attention(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
     with ThreadPoolExecutor(4) as pool:
         for got, wanted in zip(pool.map(lambda i: fast(*given[i % 4]), range(40)), expected * 10):
             torch.testing.assert_close(got, wanted)
+    assert switched
+    assert not any(switched)
 
 
 @pytest.mark.parametrize(
