@@ -62,12 +62,25 @@ ROWS: dict[tuple[str, int, str, int], dict[str, Any]] = {}
 CANDIDATES: dict[str, dict[str, tuple]] = {
     "adapter": {
         "BLOCK_N": (16, 32, 64),
-        "CHUNK": (32, 64, 128),
+        "CHUNK": (64, 128),
         "BLOCK_D": (64,),
-        "num_warps": (4, 8, 16),
+        "num_warps": (4, 8),
+        "maxnreg": (None, 128, 80),  # registers a thread: fewer, and more programs an SM, for a few spills
     },
-    "adapter_training": {"BLOCK_N": (16, 32), "CHUNK": (32, 64, 128), "BLOCK_D": (64,), "num_warps": (4, 8, 16)},
-    "adapter_training_bwd": {"BLOCK_N": (16, 32), "CHUNK": (32, 64, 128), "BLOCK_D": (64,), "num_warps": (4, 8, 16)},
+    "adapter_training": {
+        "BLOCK_N": (16, 32),
+        "CHUNK": (64, 128),
+        "BLOCK_D": (64,),
+        "num_warps": (4, 8),
+        "maxnreg": (None, 128),
+    },
+    "adapter_training_bwd": {
+        "BLOCK_N": (16, 32),
+        "CHUNK": (64, 128),
+        "BLOCK_D": (64,),
+        "num_warps": (4, 8),
+        "maxnreg": (None, 128),
+    },
     "gather_latents": {
         "most_tokens": (64, 128, 256),
         "chunk": (9216, 18432),
