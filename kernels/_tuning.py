@@ -61,7 +61,7 @@ ROWS: dict[tuple[str, int, str, int], dict[str, Any]] = {}
 # What tuning tries: every combination of an op's values.
 CANDIDATES: dict[str, dict[str, tuple]] = {
     "adapter": {
-        "BLOCK_N": (16, 32, 64),
+        "BLOCK_N": (16, 32),
         "CHUNK": (64, 128),
         "BLOCK_D": (64,),
         "num_warps": (4, 8),
@@ -71,14 +71,14 @@ CANDIDATES: dict[str, dict[str, tuple]] = {
         "BLOCK_N": (16, 32),
         "CHUNK": (64, 128),
         "BLOCK_D": (64,),
-        "num_warps": (4, 8),
+        "num_warps": (8,),
         "maxnreg": (None, 128),
     },
     "adapter_training_bwd": {
         "BLOCK_N": (16, 32),
         "CHUNK": (64, 128),
         "BLOCK_D": (64,),
-        "num_warps": (4, 8),
+        "num_warps": (8,),
         "maxnreg": (None, 128),
     },
     "gather_latents": {
