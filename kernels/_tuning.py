@@ -56,7 +56,12 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
-ROWS: dict[tuple[str, int, str, int], dict[str, Any]] = {}
+ROWS: dict[tuple[str, int, str, int], dict[str, Any]] = {
+    # On an H200: 0.4308 ms, 0.5693 before.
+    ("adapter", 90, "bfloat16", 192): {"BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 4, "maxnreg": 80},
+    # On an H200: 0.1546 ms, 0.1907 before.
+    ("adapter", 90, "bfloat16", 768): {"BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8, "maxnreg": 128},
+}
 
 # What tuning tries: every combination of an op's values.
 CANDIDATES: dict[str, dict[str, tuple]] = {

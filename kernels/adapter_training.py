@@ -57,6 +57,7 @@ from lavish_fast.kernels.adapter_training_bwd import (
 )
 from torch import Tensor
 
+_FEWEST = 2048  # tokens of one product among those that a weight's gradient is the sum of
 _GRAMS = 64  # programs at most that share a stream's tokens
 
 
@@ -356,13 +357,28 @@ def _raised(mean: Tensor, covariance: Tensor, up: Tensor) -> Tensor:
     return torch.stack((raised, variance), 1).flatten(2)
 
 
-def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(R, G w) as (G, R, w)."""
-    return x.unflatten(1, (groups, -1)).transpose(0, 1)
+def _weight_gradient(d: Tensor, x: Tensor, groups: int) -> Tensor:
+    """dᵀ x over all tokens by group, float32: d (n, N, G p), x (n, N, G q) -> (G, p, q).
+
+    The sum is long and the result small, so that its tokens are split into products of some thousand: one product
+    would have a few programs of a card walk through all of them. Groups that do not begin at 16 bytes, which slows
+    every load, are multiplied with one another too, and what they have in common is left out.
+    """
+    parts = _parts(*x.shape[:2])
+    d, x = (t.reshape(parts, len(t) // parts * t.shape[1], t.shape[2]) for t in (d, x))
+    if any(t.shape[2] // groups % 8 for t in (d, x)):
+        whole = _products(d.mT, x).sum(0).unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # (G, p, G, q)
+        return torch.stack([whole[g, :, g] for g in range(groups)])
+    return torch.stack([_products(p.mT, q).sum(0) for p, q in zip(d.chunk(groups, 2), x.chunk(groups, 2))])
+
+
+def _parts(n: int, N: int) -> int:
+    """Into how many equal parts n images of N tokens are split: as many as have `_FEWEST` tokens each, or one."""
+    return next((n // images for images in range(1, n + 1) if n % images == 0 and images * N >= _FEWEST), 1)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Products by group in float32, whatever the type."""
+    """a b in float32, whatever the type; of three dimensions each."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
@@ -448,9 +464,7 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
     centred, flat = torch.empty_like(h).flatten(1, 2), h.flatten(1, 2)
     narrow = rows(streams, triton.cdiv(R, narrow_tokens(D // groups)), 2, D)
     _launch.run([mid_launch(da.flatten(1, 2), centred, narrow, flat, means, shifts, mixing, shared)], h.device)
-    dup = torch.stack(
-        [_products(_by_group(d, groups).mT, _by_group(c, groups)) for d, c in zip(dz.flatten(1, 2), centred)]
-    )
+    dup = torch.stack([_weight_gradient(d, c.view_as(h[0]), groups) for d, c in zip(dz, centred)])
     if mixing is not None:
         dup -= R * slope.unsqueeze(-1) * (up @ covariance)
     dup = (dup * scale.unsqueeze(-1)).flatten(1, 2)
@@ -474,7 +488,7 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
         dgate_i = sums[i, 0] if after.weight is None else sums[i, 0] * after.weight.float()
         dgate_i = dgate_i if after.bias is None else dgate_i + sums[i, 1] * after.bias.float()
         gate = 1.0 if w.gate is None else w.gate.float()
-        ddown = _products(_by_group(dh[i].flatten(0, 1), groups).mT, _by_group(u[i].flatten(0, 1), groups))
+        ddown = _weight_gradient(dh[i], u[i], groups)
         found.append(
             {"up": dup[i], "bn1.weight": narrow[i, 0], "bn1.bias": narrow[i, 1], "down": ddown.flatten(0, 1)}
             | {"bn2.weight": sums[i, 3], "bn2.bias": sums[i, 2], "gate": dgate_i.sum()[None]}

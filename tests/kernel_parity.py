@@ -98,7 +98,8 @@ def misaligned(x: Tensor) -> Tensor:
 def assert_within_budget(got: Tensor, reference: Tensor, truth: Tensor, cap: float = 0.005) -> None:
     """`got` against the truth in float64: at most twice as far as the reference in the same type, and 4 ulp.
 
-    The worst element and the RMS; and in any case a relative RMS of `cap`, in float32 of 1e-5.
+    The worst element and the RMS; and in any case a relative RMS of `cap`, in float32 of 1e-5. On a card, where a
+    product of float32 is three of TF32, it is 8 ulp.
     """
     assert got.shape == truth.shape
     assert got.dtype == reference.dtype
@@ -107,7 +108,8 @@ def assert_within_budget(got: Tensor, reference: Tensor, truth: Tensor, cap: flo
     ulp = torch.finfo(got.dtype).eps * truth.abs().max().item()
     errors = [(x.double().to(truth.device) - truth).abs() for x in (got, reference)]
     worst, rms = ([e.max().item() for e in errors], [e.square().mean().sqrt().item() for e in errors])
-    assert worst[0] <= 2 * worst[1] + 4 * ulp, f"worst element: {worst[0]:.3g}, reference {worst[1]:.3g}"
+    ulps = 8 if got.is_cuda and got.dtype == torch.float32 else 4
+    assert worst[0] <= 2 * worst[1] + ulps * ulp, f"worst element: {worst[0]:.3g}, reference {worst[1]:.3g}"
     assert rms[0] <= 2 * rms[1] + ulp / 4, f"RMS: {rms[0]:.3g}, reference {rms[1]:.3g}"
     relative = rms[0] / truth.square().mean().sqrt().item()
     assert relative <= cap, f"relative RMS: {relative:.3g}, at most {cap}"

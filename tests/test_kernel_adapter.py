@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -102,6 +103,13 @@ class Step(nn.Module):
         return got
 
 
+def held_or_refused(width: int, dtype: torch.dtype):
+    """On a card rows of float32 beyond 192 channels do not fit in registers, which the kernels say."""
+    if DEVICE == "cpu" or dtype != torch.float32 or width <= 192:
+        return nullcontext()
+    return pytest.raises(ValueError, match=r"expected at most 192 channels in torch\.float32")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("width", "options"),
@@ -116,7 +124,8 @@ class Step(nn.Module):
 )
 def test_every_stage(width, options, dtype):
     step = Step(width, **({"reduction": 8} | options))
-    step.check(step.inputs(1, 3, dtype=dtype))
+    with held_or_refused(width, dtype):
+        step.check(step.inputs(1, 3, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +182,8 @@ def test_seeds(seed, dtype):
 )
 def test_every_stage_in_full(width, tokens, options, dtype):
     step = Step(width, **options)
-    step.check(step.inputs(3, tokens, dtype=dtype))
+    with held_or_refused(width, dtype):
+        step.check(step.inputs(3, tokens, dtype=dtype))
 
 
 def fold(step: Step) -> tuple[list[Weights], Norm]:
@@ -266,7 +276,10 @@ def test_gate_av_of_zero_leaves_the_latents_out():
     for gate in step.gates_av:
         gate.zero_()
     xs, branches, summaries = step.inputs()
-    assert torch.equal(step.fused(xs, branches, summaries), step.fused(xs, branches, None))
+    got, expected = step.fused(xs, branches, summaries), step.fused(xs, branches, None)
+    # Two kernels, whose sums a card's compiler may round in another order.
+    atol = 0 if DEVICE == "cpu" else 4 * torch.finfo(got.dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -426,7 +439,8 @@ def test_what_it_refuses():
     )
     wide, deep = Step(36, groups=3, reduction=2, streams=1), Step(1536, reduction=2, streams=1, groups=1)
     for other, text in ((wide, "1, 2 or 4 groups"), (deep, "a bottleneck of at most 384, got 768")):
-        xs, branches, summaries = other.inputs(1, 1)
+        other.to(torch.float16)  # whose rows of 1536 channels fit in registers
+        xs, branches, summaries = other.inputs(1, 1, dtype=torch.float16)
         norm = Norm(other.post_norm.weight, other.post_norm.bias)
         refused(text, xs=xs, branches=branches, summaries=summaries, weights=other.weights(), norm=norm)
 
@@ -510,5 +524,7 @@ def test_cuda_graph():
 
 
 def test_build():
-    # Of 1536 channels a thread of 8 warps holds 96 numbers; a few registers are spilled on sm_80 and sm_86.
-    assert_built("adapter", spills={"bfloat16 1536": 16})
+    # Of 1536 channels a thread of 8 warps holds 96 numbers; a few registers are spilled on sm_80 and sm_86. At 768 on
+    # sm_90 they are kept to 128, so that an SM has two programs: 1.2 times as fast as without spills (_tuning.ROWS).
+    others = "", " reduction 4 latents 16", " norms folded", " norms none groups 1"
+    assert_built("adapter", spills={"bfloat16 1536": 16} | {f"bfloat16 768{other}": 32 for other in others})

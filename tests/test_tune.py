@@ -19,6 +19,7 @@ WIDTH = EMBED * 4  # of stage 3
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(PRESETS, "small", TINY)
+    monkeypatch.setattr(_tuning, "ROWS", {})
 
 
 def target(op="gather_latents", stage=3):
