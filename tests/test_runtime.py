@@ -654,17 +654,17 @@ def test_every_model_takes_steps(changes, whole):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_loss_scaling_is_gradscalers(model, monkeypatch, captured):
-    # 2^40 overflows float16's gradients until it is halved often enough; then it doubles after two good steps.
+    # 2^30 overflows float16's gradients until it is halved often enough; then it doubles after two good steps.
     monkeypatch.setattr(runtime, "_GROWTH_STEPS", 2)
-    other, steps = copy.deepcopy(model), [[clips(2, seed), clips(2, seed + 100)] for seed in range(40)]
+    other, steps = copy.deepcopy(model), [[clips(2, seed), clips(2, seed + 100)] for seed in range(24)]
     recordings = record_on_cpu(monkeypatch) if captured else []
-    got = take(model, steps, [1e-3] * 40, torch.float16, loss_scale=2.0**40)
+    got = take(model, steps, [1e-3] * 24, torch.float16, loss_scale=2.0**30)
     assert len(recordings) == 2 * captured
 
     fast = optimize(other, training=True, dtype=torch.float16, compile=False, cuda_graphs=False)
     parameters = [p for p in fast.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-3, eps=EPS, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=2)
     scales, overflows = [], []
     for batches in steps:
         optimizer.zero_grad()
@@ -679,7 +679,7 @@ def test_loss_scaling_is_gradscalers(model, monkeypatch, captured):
         scales += [scaler.get_scale(), scaler._get_growth_tracker()]
     assert got.scales == scales
     assert [bool(outcome[-1]) for outcome in got.outcomes] == overflows
-    assert 10 < sum(overflows) < 35, "both must happen"
+    assert 5 < sum(overflows) < 20, "both must happen"
     for name, t in trained(other).items():
         if "running" not in name and "num_batches" not in name:  # GradScaler leaves those of a step that it skips
             torch.testing.assert_close(got.tensors[name], t, rtol=1e-4, atol=1e-5, msg=name)
