@@ -28,7 +28,7 @@ CONFIG = Config(
     head=AVQAConfig(length=9, width=64),
     backbone_weights=WEIGHTS,
 )
-TRAIN = TrainConfig(batch_size=8, epochs=5, lr=1e-3, head_lr=2e-3, lr_step=3, lr_gamma=0.4, workers=0)
+TRAIN = TrainConfig(batch_size=8, epochs=7, lr=1e-3, head_lr=2e-3, lr_step=5, lr_gamma=0.4, workers=0)
 CLIPS = {"train": 240, "val": 24, "test": 60}
 
 SCORE = "accuracy"
