@@ -28,7 +28,7 @@ CONFIG = Config(
     backbone_weights=WEIGHTS,
 )
 TRAIN = TrainConfig(batch_size=6, epochs=7, lr=5e-3, head_lr=5e-3, lr_step=5, lr_gamma=0.25, patience=3, workers=0)
-CLIPS = {"train": 384, "val": 24, "test": 48}
+CLIPS = {"train": 360, "val": 24, "test": 48}
 
 SCORE = "mIoU"
 MORE = ()
