@@ -63,6 +63,14 @@ ROWS: dict[tuple[str, int, str, int], dict[str, Any]] = {
     ("adapter", 90, "bfloat16", 768): {"BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8, "maxnreg": 128},
 }
 
+_ADAPTER_TRAINING = {
+    "BLOCK_N": (16, 32),
+    "CHUNK": (64, 128),
+    "BLOCK_D": (64,),
+    "num_warps": (8,),
+    "maxnreg": (None, 128),
+}
+
 # What tuning tries: every combination of an op's values.
 CANDIDATES: dict[str, dict[str, tuple]] = {
     "adapter": {
@@ -72,20 +80,8 @@ CANDIDATES: dict[str, dict[str, tuple]] = {
         "num_warps": (4, 8),
         "maxnreg": (None, 128, 80),  # registers a thread: fewer, and more programs an SM, for a few spills
     },
-    "adapter_training": {
-        "BLOCK_N": (16, 32),
-        "CHUNK": (64, 128),
-        "BLOCK_D": (64,),
-        "num_warps": (8,),
-        "maxnreg": (None, 128),
-    },
-    "adapter_training_bwd": {
-        "BLOCK_N": (16, 32),
-        "CHUNK": (64, 128),
-        "BLOCK_D": (64,),
-        "num_warps": (8,),
-        "maxnreg": (None, 128),
-    },
+    "adapter_training": _ADAPTER_TRAINING,
+    "adapter_training_bwd": _ADAPTER_TRAINING,
     "gather_latents": {
         "most_tokens": (64, 128, 256),
         "chunk": (9216, 18432),

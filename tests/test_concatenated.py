@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernel_parity import DEVICE, small_backbone
+from kernel_parity import DEVICE, DTYPES, small_backbone
 from lavish_fast import Model, TrainingStep, explain, ops, optimize
 from lavish_fast.concatenated import Concatenated
 from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
@@ -71,14 +71,19 @@ def steps(module, parameters, count, dtype=torch.float32, **options):
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "limit", "changes"),
-    [(None, 1e-5, {}), (torch.bfloat16, 2e-2, {}), (None, 1e-5, {"backbone": VIT})],
-)
+@pytest.mark.parametrize("changes", [{}, {"backbone": VIT}])
+@pytest.mark.parametrize(("dtype", "limit"), [(None, 1e-5), (torch.bfloat16, 2e-2)])
 def test_32_steps(dtype, limit, changes):
+    # A loss that has fallen to a twentieth shows bfloat16's rounding in a ViT: there both run under autocast.
     model = make(**changes)
+    rounded = dtype is not None and changes
+
+    def plain(audio, video):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(rounded)):
+            return model(audio, video)
+
     other = copy.deepcopy(model)
-    expected = steps(model, [p for _, p in model.trainable_parameters()], 32, fused=True)
+    expected = steps(plain, [p for _, p in model.trainable_parameters()], 32, fused=True)
     fast = optimize(other, training=True, dtype=dtype, compile=False)
     got = steps(fast, [p for p in fast.parameters() if p.requires_grad], 32, fused=True)
     assert expected[-1] < 0.9 * expected[0], "it must learn something"
@@ -224,15 +229,8 @@ def fused_model(dtype=torch.float32):
     return make(backbone=backbone, frames=1).to(DEVICE)
 
 
-@pytest.mark.parametrize(
-    ("mode", "dtype"),
-    [
-        ("training", torch.float32),
-        ("training", torch.float16),
-        ("running statistics", torch.float32),
-        *(pytest.param(mode, torch.bfloat16, marks=pytest.mark.gpu) for mode in ("training", "running statistics")),
-    ],
-)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["training", "running statistics"])
 def test_a_step_through_the_kernels(dtype, mode):
     model = fused_model(dtype)
     inputs = [x.to(DEVICE) for x in tiny_inputs(2, frames=1)]

@@ -229,10 +229,8 @@ def test_gradients_of_weights_in_parts(n, tokens, widths, groups, dtype):
 
 
 def test_how_many_parts():
-    assert [_parts(*sizes) for sizes in ((160, 2304), (160, 576), (160, 144), (7, 144), (13, 1000), (4, 512))] == [
-        *(160, 40, 10),
-        *(1, 1, 1),
-    ]
+    sizes = (160, 2304), (160, 576), (160, 144), (7, 144), (13, 1000), (4, 512)
+    assert [_parts(*size) for size in sizes] == [160, 40, 10, 1, 1, 1]
 
 
 @pytest.mark.parametrize("gates", [(False, True), (True, False)])

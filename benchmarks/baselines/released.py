@@ -19,23 +19,20 @@ from lavish_fast.config import AdapterConfig, Config
 FORMS = ("conv", "bmm")
 
 
-class _SameLayout(torch.autograd.Function):
+class _ContiguousGradient(torch.autograd.Function):
     """The identity, whose gradient is laid out as its input.
 
-    torch's batch norm gives wrong gradients where a gradient is laid out otherwise than the input, just what the
-    (n, C, N, 1) layout brings: seen on a CPU. Without a copy of one gradient the released order cannot be right.
+    torch's CPU batch norm gives wrong gradients for a contiguous input and a channels-last gradient, just what the
+    (n, C, N, 1) layout brings. Without this copy of one gradient the released order cannot be right on a CPU.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        ctx.strides = x.stride()
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        if gradient.stride() == ctx.strides:
-            return gradient
-        return gradient.new_empty_strided(gradient.shape, ctx.strides).copy_(gradient)
+        return gradient.contiguous()
 
 
 class ReleasedAdapter(nn.Module):
@@ -68,8 +65,12 @@ class ReleasedAdapter(nn.Module):
             x = x + self.gate_av * torch.bmm(weights, latents).permute(0, 2, 1).unsqueeze(-1)
         z = _layer_norm(self.ln_before, x)
         z = self._convolution(self.down, z)
-        z = F.relu(_batch_norm(self.bn1, z))
-        z = _batch_norm(self.bn2, self._convolution(self.up, z))
+        z = F.relu(z if self.bn1 is None else self.bn1(z))
+        z = self._convolution(self.up, z)
+        if self.bn2 is not None:
+            z = self.bn2(z)
+            if z.device.type == "cpu" and z.requires_grad:
+                z = _ContiguousGradient.apply(z)
         z = _layer_norm(self.ln_after, z)
         return z if self.gate is None else self.gate * z
 
@@ -165,12 +166,6 @@ def parameter_name(name: str) -> str:
     name = re.sub(r"^blocks\.", "adapters.", name)
     name = re.sub(r"\.(down|up)\.weight$", r".\1", name)
     return re.sub(r"^mlp_class(_2)?\.", lambda match: "head.fc2." if match[1] else "head.fc1.", name)
-
-
-def _batch_norm(norm: nn.BatchNorm2d | None, x: Tensor) -> Tensor:
-    if norm is None:
-        return x
-    return _SameLayout.apply(norm(x)) if x.requires_grad else norm(x)
 
 
 def _layer_norm(norm: nn.LayerNorm | None, x: Tensor) -> Tensor:
