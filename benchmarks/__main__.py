@@ -445,7 +445,8 @@ def line(row: dict[str, Any]) -> str:
     """A row in one line."""
     from rich.markup import escape
 
-    setting = " ".join(f"{name[0]}{value}" for name, value in row["setting"].items())
+    values = row["setting"].items()
+    setting = " ".join(value if isinstance(value, str) else f"{name[0]}{value}" for name, value in values)
     what = f"{row['case']} {row['mode'][:5]} b{row['batch']} {setting}".ljust(34)
     how = f"{row.get('path', '')} {row.get('execution', '')} {row.get('dtype', '')}".ljust(40)
     if row["status"] != "ok":
