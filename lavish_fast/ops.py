@@ -127,7 +127,7 @@ def adapter(
     """
     xs, branches = list(xs), list(branches)
     others = xs[::-1] if len(xs) == 2 else [None]
-    batch = any(a.training and a.bn1 is not None for a in adapters)
+    batch = any(n.training for n in _batch_norms(adapters))
     trained = (p for a in adapters for p in a.parameters())
     training = batch or (torch.is_grad_enabled() and any(t.requires_grad for t in (*xs, *branches, *trained)))
     # Trained latents may be wider than the streams.
@@ -206,17 +206,21 @@ def _adapter_reasons(xs, branches, adapters, latents, norm, drop_path, training,
     found = []
     if drop_path.training and getattr(drop_path, "rate", 0):
         found.append("expected no drop path, got one in training")
-    norms = [n for a in adapters for n in (a.bn1, a.bn2) if n is not None]
+    norms = _batch_norms(adapters)
     if batch and any(type(n) is not nn.BatchNorm1d or n.momentum is None or n.running_mean is None for n in norms):
         found.append("expected BatchNorm1d with momentum and running statistics, got another BatchNorm")
-    if batch and len({a.training for a in adapters}) > 1:
-        found.append("expected both adapters in training or both in evaluation, got one of each")
+    if len({n.training for n in norms}) > 1:
+        found.append("expected all BatchNorms in training or all in evaluation, got some of each")
     if latents[0] is not None:
         found += gather_kernel.reasons(latents, xs[::-1])
     for part in _launches(xs):
         given = xs[part], branches[part], None, *_weights(adapters[part], norm)
         found += training_kernel.reasons(*given, batch) if training else adapter_kernel.reasons(*given)
     return list(dict.fromkeys(found))
+
+
+def _batch_norms(adapters) -> list[nn.Module]:
+    return [norm for a in adapters for norm in (a.bn1, a.bn2) if norm is not None]
 
 
 def _launches(xs: Sequence[Tensor]) -> list[slice]:

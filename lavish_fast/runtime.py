@@ -177,7 +177,7 @@ class FastTraining(nn.Module):
         if checkpointing:
             for part in parts:
                 part.forward = _Checkpointed(part, _drops(self.config))
-        self._graphed: dict[int, Callable[..., Tensor]] = {}
+        self._graphed: dict[tuple, Callable[..., Any]] = {}
         self._sizes = None if batch_sizes is None else {size * model.config.images for size in batch_sizes}
         self._cuda_graphs = _captures(self, cuda_graphs)
         own = {id(buffer) for buffer in _Statistics(self).buffers}
@@ -201,24 +201,27 @@ class FastTraining(nn.Module):
         classify = _Classify(self.network, self._autocast)
         if not (self._cuda_graphs and self.training and torch.is_grad_enabled()):
             return classify
-        rows = len(given[0])
+        rows, key = len(given[0]), tuple((x.shape, x.dtype) for x in given)
         if self._sizes is None:
             self._sizes = {rows}
-        if rows in self._sizes and rows not in self._graphed:
+        if rows in self._sizes and key not in self._graphed:
             statistics = _Statistics(self.network)
             before = statistics.flat()
             samples = tuple(x.clone() for x in given)
             flat = _Flat(classify)
-            graphed = torch.cuda.make_graphed_callables(flat, samples, allow_unused_input=True)
-            self._graphed[rows] = lambda *inputs: flat.restored(graphed(*inputs))
-            statistics.put(before)  # the runs before the capture are no steps
-        if rows not in self._graphed:
+            try:
+                graphed = torch.cuda.make_graphed_callables(flat, samples, allow_unused_input=True)
+            finally:
+                statistics.put(before)  # the runs before the capture are no steps
+            # Copies: the next call writes over the graph's own outputs.
+            self._graphed[key] = lambda *inputs: flat.restored(tuple(x.clone() for x in graphed(*inputs)))
+        if key not in self._graphed:
             return classify
         # Autograd may have taken the graph's own gradients, which its next backward overwrites, for the parameters'.
         if held := [p for p in self.network.parameters() if p.grad is not None]:
             for p, gradient in zip(held, torch._foreach_mul([p.grad for p in held], 1)):
                 p.grad = gradient
-        return self._graphed[rows]
+        return self._graphed[key]
 
 
 def _drops(config: Config) -> bool:
@@ -378,12 +381,16 @@ def explain(model: Model | Concatenated | Fast | FastTraining) -> Explanation:
     """
     training = isinstance(model, FastTraining)
     network = model.network if isinstance(model, (Fast, FastTraining)) else model
-    was, buffers = network.training, [(buffer, buffer.clone()) for buffer in network.buffers()]
+    modes = [(module, module.training) for module in network.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
         with torch.set_grad_enabled(training):
-            found = list(_choices_by_block(network.train(training)))
+            if network.training != training:
+                network.train(training)
+            found = list(_choices_by_block(network))
     finally:
-        network.train(was)
+        for module, was in modes:
+            module.training = was
         for buffer, before in buffers:
             buffer.copy_(before)  # zeros are no step of training
     rows: dict[tuple, list[int]] = {}
@@ -441,7 +448,7 @@ def _ranges(numbers: list[int]) -> str:
 class Outcome(NamedTuple):
     """What a step did, over all ranks: 0-dim float64 tensors on the device. Reading one waits for the step.
 
-    loss: the mean over the step's segments. failed: clips to blame for probabilities that are not finite; no step was
+    loss: the mean over the step's clips. failed: clips to blame for probabilities that are not finite; no step was
     taken then, and loss, segments and clips are 0. overflow: 1 where gradients are not finite and no step was taken.
     """
 
@@ -460,16 +467,17 @@ class TrainingStep:
             step.accumulate(audio, video, labels=labels)  # as often as a step has micro-batches
             outcome = step.finish()
 
-    A micro-batch counts by its segments, so k of them are one batch k times as large, but for BatchNorm. A step in
+    A micro-batch counts by its clips, so k of them are one batch k times as large, but for BatchNorm. A step in
     which a clip gives NaN or infinity, or in which gradients overflow, leaves parameters, Adam's state and BatchNorm's
-    buffers as they were, without a word to the host. Where torch.distributed has several ranks their gradients are
-    summed between the graphs, and each must call `finish` equally often.
+    buffers as they were, without a word to the host; so does one in which an exception is raised, and the next
+    micro-batch begins another. Where torch.distributed has several ranks their gradients are summed between the graphs,
+    and each must call `finish` equally often.
 
     Captured: one graph for each shape of micro-batch that `batch_sizes` says, and one that finishes the step; each
     after three calls that run as they are. Not captured: micro-batches of other shapes (the same functions run), the
     sum over ranks, networks with SyncBatchNorm, and on a CPU anything. A graph keeps what it was captured with:
-    requires_grad, the modes of single modules, the optimiser's settings but for learning rates; `reset` has all
-    captured anew. The optimiser's own step and zero_grad are not to be called.
+    requires_grad, the modes of single modules, the optimiser's settings but for learning rates; `reset` reads these and
+    has all captured anew. The optimiser's own step and zero_grad are not to be called.
 
     Args:
         network: a `Model`, or what `optimize` made of it for training.
@@ -505,17 +513,12 @@ class TrainingStep:
             raise ValueError(f"loss_scale: expected a positive number, got {loss_scale}")
         self.network, self.optimizer, self._loss = network, optimizer, loss
         self._device = device = next(network.parameters()).device
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._gradients = [torch.zeros_like(p) for p in self._parameters]
         self._statistics = _Statistics(network)
         self._kept = self._statistics.flat()  # as they were before the step under way
         if loss_scale is None and getattr(network, "dtype", None) == torch.float16:
             loss_scale = LOSS_SCALE
         self._scale = None if loss_scale is None else torch.tensor(loss_scale, dtype=torch.float32, device=device)
         self._growth = torch.zeros((), dtype=torch.int32, device=device)  # steps without an overflow
-        # Adam's kernel takes float32; a CPU takes a number, as it would from the optimiser.
-        rate = torch.float32 if device.type == "cuda" else torch.float64
-        self._rates = [torch.zeros((), dtype=rate, device=device) for _ in optimizer.param_groups]
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, segments, clips, clips that failed
         self._outcome = torch.zeros(len(Outcome._fields), dtype=torch.float64, device=device)
         self._begun = False
@@ -534,9 +537,13 @@ class TrainingStep:
 
     def reset(self) -> None:
         """Forgets the graphs, and the micro-batches of a step that is not finished."""
-        if self._begun:
-            self._statistics.put(self._kept)
-        self._begun = False
+        self._abandon()
+        groups, device = self.optimizer.param_groups, self._device
+        self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        self._gradients = [torch.zeros_like(p) for p in self._parameters]
+        # Adam's kernel takes float32; a CPU takes a number, as it would from the optimiser.
+        rate = torch.float32 if device.type == "cuda" else torch.float64
+        self._rates = [torch.zeros((), dtype=rate, device=device) for _ in groups]
         self._micro: dict[tuple, tuple[list[Tensor], Tensor, Callable[[], None]]] = {}
         self._last = self._recorded(self._take)
 
@@ -572,7 +579,7 @@ class TrainingStep:
         if not labels.numel():
             raise ValueError(f"labels: expected a segment, got {tuple(labels.shape)}")
         given = [*(x.detach() for x in inputs), labels]
-        with self._on_stream():
+        with self._on_stream(), self._whole():
             self._begin()
             if self._sizes is None:
                 self._sizes = {clips}
@@ -593,9 +600,8 @@ class TrainingStep:
     @torch.no_grad()
     def finish(self) -> Outcome:
         """Takes the step, if no clip failed and no gradient overflowed. `grad` of the parameters is then their mean."""
-        with self._on_stream():
+        with self._on_stream(), self._whole():
             self._begin()
-            self._begun = False
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(self._sums)
                 flat = torch.cat([gradient.flatten() for gradient in self._gradients])
@@ -605,6 +611,7 @@ class TrainingStep:
             for own, group in zip(self._rates, self.optimizer.param_groups):
                 own.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else own.fill_(group["lr"])
             self._last()
+            self._begun = False
             return Outcome(*self._outcome.clone().unbind())
 
     def _begin(self) -> None:
@@ -617,6 +624,20 @@ class TrainingStep:
             for kept, now in zip(self._kept, self._statistics.flat()):
                 kept.copy_(now)
 
+    def _abandon(self) -> None:
+        if self._begun:
+            self._statistics.put(self._kept)
+        self._begun = False
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A step that is cut short, by an error or by the user, is none: the next micro-batch begins another."""
+        try:
+            yield
+        except BaseException:
+            self._abandon()
+            raise
+
     def _add(self, given: list[Tensor], fine: Tensor) -> None:
         *inputs, labels = given
         clips = len(labels)
@@ -627,7 +648,7 @@ class TrainingStep:
             # Binary cross-entropy of NaN ends the process on a GPU.
             usable = first.masked_fill(~rows.view(-1, *(1,) * (first.ndim - 1)), 1 / first.shape[-1])
             usable = (usable, *rest) if rest else usable
-            loss = self._loss(usable, labels) * labels.numel()
+            loss = self._loss(usable, labels) * clips
             (loss if self._scale is None else loss * self._scale).backward(inputs=self._parameters)
         # BatchNorm spreads one clip's NaN over its batch.
         finite = rows.view(clips, -1).all(-1)
@@ -648,7 +669,7 @@ class TrainingStep:
         counts = (failed == 0) & (segments > 0)
         overflow = counts & (bad > 0).squeeze()
         refused = overflow | ~counts
-        divisor = segments.float() if self._scale is None else segments.float() * self._scale
+        divisor = clips.float() if self._scale is None else clips.float() * self._scale
         with self._borrowed(grad_scale=divisor, found_inf=refused.float()):
             self.optimizer.step()
         if self._scale is not None:
@@ -659,7 +680,7 @@ class TrainingStep:
         pairs = zip(self._kept, self._statistics.flat())
         self._statistics.put([torch.where(refused, kept, now) for kept, now in pairs])
         zero = torch.zeros_like(loss)
-        loss, segments, clips = (torch.where(counts, x, zero) for x in (loss / segments, segments, clips))
+        loss, segments, clips = (torch.where(counts, x, zero) for x in (loss / clips, segments, clips))
         self._outcome.copy_(torch.stack((loss, segments, clips, failed, overflow.double())))
 
     @contextlib.contextmanager

@@ -232,6 +232,14 @@ def fused_model(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["training", "running statistics"])
 def test_a_step_through_the_kernels(dtype, mode):
+    assert_steps_agree(dtype, mode)
+
+
+def test_a_step_with_frozen_norms_through_the_kernels():
+    assert_steps_agree(torch.float32, "frozen norms")
+
+
+def assert_steps_agree(dtype, mode):
     model = fused_model(dtype)
     inputs = [x.to(DEVICE) for x in tiny_inputs(2, frames=1)]
     target = torch.tensor([[0], [2]], device=DEVICE)
@@ -242,7 +250,11 @@ def test_a_step_through_the_kernels(dtype, mode):
         "fused": {"path": "fused", "dtype": dtype},
     }.items():
         own = copy.deepcopy(model).double() if name == "truth" else copy.deepcopy(model)
-        fast = optimize(own, training=True, compile=False, cuda_graphs=False, **options).train(mode == "training")
+        fast = optimize(own, training=True, compile=False, cuda_graphs=False, **options)
+        fast.train(mode != "running statistics")
+        for module in fast.modules():
+            if mode == "frozen norms" and isinstance(module, nn.BatchNorm1d):
+                module.eval()
         with ops.recording() as choices:
             loss = ave.loss(fast(*(x.double() if name == "truth" else x for x in inputs)), target)
             (1024 * loss).backward()  # as loss scaling has it, for float16
@@ -257,6 +269,16 @@ def test_a_step_through_the_kernels(dtype, mode):
         error, own = (relative_error(found[path][what], expected) for path in ("fused", "reference"))
         assert error <= 2 * own + 4 * eps, what
         assert error <= (1e-5 if dtype == torch.float32 else 2e-2), what
+
+
+def test_norms_of_two_modes_are_refused_by_the_kernels():
+    fast = optimize(fused_model(torch.float32), training=True, path="fused", compile=False, cuda_graphs=False)
+    frozen = next(module for module in fast.modules() if isinstance(module, nn.BatchNorm1d)).eval()
+    inputs = [x.to(DEVICE) for x in tiny_inputs(2, frames=1)]
+    for call in (lambda: fast(*inputs), lambda: explain(fast)):
+        with pytest.raises(ValueError, match="expected all BatchNorms in training or all in evaluation, got some of"):
+            call()
+        assert [m for m in fast.modules() if isinstance(m, nn.BatchNorm1d) and not m.training] == [frozen]
 
 
 DROPPING = SwinV2Config(

@@ -36,7 +36,9 @@ def test_32_steps_through_the_kernels(dtype, limit):
     torch.manual_seed(0)
     model = randomise(Model(tiny_config(backbone=backbone))).to(DEVICE).train()
     other = copy.deepcopy(model)
-    expected = steps(model, [p for _, p in model.trainable_parameters()])
+    with ops.recording() as choices:
+        expected = steps(model.set_path("reference"), [p for _, p in model.trainable_parameters()])
+    assert {choice.path for choice in choices} == {"reference"}
     fast = optimize(other, training=True, dtype=dtype, path="fused", compile=False)
     with ops.recording() as choices:
         got = steps(fast, [p for p in fast.parameters() if p.requires_grad])

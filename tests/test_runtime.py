@@ -669,8 +669,8 @@ def test_loss_scaling_is_gradscalers(model, monkeypatch, captured):
     for batches in steps:
         optimizer.zero_grad()
         for audio, video, labels in batches:
-            scaler.scale(mean_loss(fast(audio, video), labels) * labels.numel()).backward()
-        optimizer.grad_scale = torch.tensor(12.0)  # segments: a divisor beside its own
+            scaler.scale(mean_loss(fast(audio, video), labels) * len(labels)).backward()
+        optimizer.grad_scale = torch.tensor(4.0)  # clips: a divisor beside its own
         before = {name: t.clone() for name, t in fast.state_dict().items()}
         scaler.step(optimizer)
         after = fast.state_dict()
@@ -685,13 +685,56 @@ def test_loss_scaling_is_gradscalers(model, monkeypatch, captured):
             torch.testing.assert_close(got.tensors[name], t, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("where", ["loss", "finish"])
+def test_a_step_that_an_error_ends_is_none(model, monkeypatch, where):
+    fast = optimize(model, training=True, compile=False)
+    optimizer = torch.optim.Adam([p for p in fast.parameters() if p.requires_grad], lr=1e-3, eps=EPS, fused=True)
+    failing = []
+
+    def loss(probabilities, labels):
+        if failing:
+            raise MemoryError
+        return mean_loss(probabilities, labels)
+
+    step, expected, batch = TrainingStep(fast, loss, optimizer), copy.deepcopy(model), clips(2, 1)
+    before = trained(model)
+    add(step, clips(2, 0))
+    if where == "loss":
+        failing.append(True)
+    else:
+        monkeypatch.setattr(optimizer, "step", lambda: loss(None, failing.append(True)))
+    with pytest.raises(MemoryError):
+        add(step, clips(2, 2)) if where == "loss" else step.finish()
+    for name, t in trained(model).items():
+        assert torch.equal(t, before[name]), name
+    failing.clear()
+    monkeypatch.undo()
+    add(step, batch)
+    assert step.finish().clips == 2
+    torch.testing.assert_close(trained(model), by_hand(expected, [[batch]], [1e-3]), rtol=1e-6, atol=1e-7)
+
+
+def test_reset_reads_what_is_trained_anew(model):
+    (_, gate), *others = [(name, p) for name, p in model.trainable_parameters() if name.endswith("gate")]
+    optimizer = torch.optim.Adam([gate], lr=1e-3, fused=True)
+    step = TrainingStep(model, mean_loss, optimizer)
+    gate.requires_grad_(False)
+    optimizer.add_param_group({"params": [others[0][1]], "lr": 1e-2})
+    step.reset()
+    before = gate.detach().clone(), others[0][1].detach().clone()
+    add(step, clips(2, 0))
+    step.finish()
+    assert torch.equal(gate, before[0])
+    torch.testing.assert_close((others[0][1] - before[1]).abs(), torch.full_like(before[1], 1e-2), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_an_overflow_leaves_everything_as_it_was(model, scaled):
     before, rate = trained(model), 1e-3
     fast = optimize(model, training=True, compile=False)
     optimizer = torch.optim.Adam([p for p in fast.parameters() if p.requires_grad], lr=rate, fused=True)
     step = TrainingStep(
-        fast, lambda p, labels: 1e38 * p.log().square().mean(), optimizer, **{"loss_scale": 8.0} if scaled else {}
+        fast, lambda p, labels: 3e38 * p.log().square().mean(), optimizer, **{"loss_scale": 8.0} if scaled else {}
     )
     assert step.scales == scaled
     add(step, clips(2, 0))
