@@ -174,8 +174,9 @@ def networks(rows: Sequence[Row], preset: str) -> Table:
     title = f"Inference of the presets{_where(rows, preset)}"
     table, before = _table(title, columns, left=("task", "preset", _HOW)), None
     measured = latest(rows, preset, "networks")
-    for name in Config.presets():
-        config = Config.from_preset(name)
+    presets = {name: Config.from_preset(name) for name in Config.presets()}
+    tasks = list(dict.fromkeys(config.task for config in presets.values()))
+    for name, config in sorted(presets.items(), key=lambda preset: tasks.index(preset[1].task)):
         found = [row for row in measured if row["setting"] == {"network": name}]
         plain = best(row for row in found if (row["path"], row["dtype"]) == ("reference", "float32"))
         fast_rows = [row for row in found if row["path"] == "optimized"]

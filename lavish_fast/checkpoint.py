@@ -195,6 +195,8 @@ def backbone_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[s
     """
     if isinstance(source, Mapping):
         return dict(source)
+    if os.path.isfile(source):
+        return read_tensors(source)
     kind, _, name = str(source).rpartition(":")
     if kind == "package":
         with resources.as_file(resources.files("lavish_fast") / "data" / f"{name}.safetensors") as path:

@@ -325,6 +325,9 @@ class Config:
             raise ValueError(f"classes: expected at least one class and background, got {self.classes!r}")
         if self.task == "ave" and self.head.vggish and "audio" not in self.streams:
             raise ValueError(f"head.vggish: expected it with the sound, got {self.modality}")
+        rate = self.spectrogram.sample_rate
+        if self.task == "ave" and self.head.vggish and rate != 16000:
+            raise ValueError(f"head.vggish: expected its own spectrogram.sample_rate of 16000, got {rate}")
         if self.task in ("avqa", "action") and not self.classes:
             raise ValueError("classes: expected at least one, got none")
         if self.frames < 1:

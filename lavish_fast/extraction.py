@@ -2,7 +2,7 @@
 
 Sound is kept in 16 bits, as in the data sets' own wav files: near silence a spectrogram is not that of the video.
 Each file is written under another name and then moved, frames before sound: a clip that has both is finished, and
-what a kill leaves behind is done again.
+what a kill leaves behind is done again. A sound that is there already stays, for it may be the data set's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavish_fast import checkpoint, media
+from lavish_fast import checkpoint, decoding, media
 from lavish_fast.config import Config
 from lavish_fast.tasks import ave, avqa_data, avs_data
 
@@ -58,7 +58,8 @@ def plan(task: str, root: str | os.PathLike, config: Config) -> Plan:
     root = Path(root)
     if task in ("ave", "avqa"):
         videos = ave.find_videos(root).values()
-        done = [_finished(*_frames_and_wav(root, video)) for video in videos]
+        places = [_frames_and_wav(root, video) for video in videos]
+        done = [wav.is_file() and _has_pictures(folder) for folder, wav in places]
         todo = tuple(video for video, is_done in zip(videos, done) if not is_done)
         rate = media.FRAME_RATE if task == "ave" else avqa_data.FRAME_RATE
         return Plan(todo, sum(done), (), extract_frames, {"root": root, "frame_rate": rate})
@@ -69,7 +70,8 @@ def plan(task: str, root: str | os.PathLike, config: Config) -> Plan:
     data, rows = avs_data.find(root)
     raw = next((path for path in (root / RAW_VIDEOS, data / RAW_VIDEOS) if path.is_dir()), root / RAW_VIDEOS)
     folders = {raw / row.folder.with_name(f"{row.name}.mp4"): row.folder for row in rows}
-    done = {video for video, folder in folders.items() if _finished(*avs_data.frames_and_wav(data, folder))}
+    places = {video: avs_data.frames_and_wav(data, folder) for video, folder in folders.items()}
+    done = {video for video, (folder, wav) in places.items() if wav.is_file() and _is_whole(folder, config.frames)}
     todo = tuple(video for video in folders if video not in done and video.is_file())
     missing = tuple(folders[video].name for video in folders if video not in done and not video.is_file())
     options = {"raw": raw, "data": data, "frames": config.frames, "size": config.head.size}
@@ -91,7 +93,8 @@ def extract_frames(video: Path, *, root: Path, frame_rate: float) -> tuple[str, 
                 shutil.copyfile(first, other)
 
         sound = media.extract(video, take, frame_rate=frame_rate, sample_rate=SAMPLE_RATE)
-    write_wav(wav, sound.waveform)
+    if not wav.is_file():
+        write_wav(wav, sound.waveform)
     return sound.warnings
 
 
@@ -99,7 +102,7 @@ def extract_s4(video: Path, *, raw: Path, data: Path, frames: int, size: int) ->
     """Writes visual_frames/SPLIT/CATEGORY/NAME/NAME_1.png ... and audio_wav/SPLIT/CATEGORY/NAME.wav.
 
     Of each second the last of 16 frames, as AVSBench takes them: the one that is shown at 15/16 of it, or the video's
-    last; resized bilinearly to size x size.
+    last; resized bilinearly to size x size. Frames that are whole stay, for the masks are of them.
 
     Returns: warnings. Raises: media.MediaError naming the file and the reason.
     """
@@ -115,12 +118,14 @@ def extract_s4(video: Path, *, raw: Path, data: Path, frames: int, size: int) ->
 
     sound = media.extract(video, take, frame_rate=None, sample_rate=SAMPLE_RATE)
     pictures += [last] * (frames - len(pictures))
-    with _Folder(folder) as target:
-        for i, image in enumerate(pictures, 1):
-            x = torch.tensor(image).permute(2, 0, 1)[None].float()
-            x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
-            _picture(x.round().to(torch.uint8).numpy()).save(target / f"{folder.name}_{i}.png")
-    write_wav(wav, sound.waveform)
+    if not _is_whole(folder, frames):
+        with _Folder(folder) as target:
+            for i, image in enumerate(pictures, 1):
+                x = torch.tensor(image).permute(2, 0, 1)[None].float()
+                x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+                _picture(x.round().to(torch.uint8).numpy()).save(target / f"{folder.name}_{i}.png")
+    if not wav.is_file():
+        write_wav(wav, sound.waveform)
     return sound.warnings
 
 
@@ -142,12 +147,23 @@ def _frames_and_wav(root: Path, video: Path) -> tuple[Path, Path]:
     return root / "frames" / video.stem, root / "audio" / f"{video.stem}.wav"
 
 
-def _finished(folder: Path, wav: Path) -> bool:
-    return folder.is_dir() and wav.is_file()
+def _has_pictures(folder: Path) -> bool:
+    return folder.is_dir() and any(path.suffix.lower() in decoding.IMAGE_SUFFIXES for path in folder.iterdir())
+
+
+def _is_whole(folder: Path, frames: int) -> bool:
+    try:
+        avs_data.check_frames(folder, frames)
+    except media.MediaError:
+        return False
+    return True
 
 
 class _Folder:
-    """A folder that is filled under another name and moved at the end. One that is there already stays as it is."""
+    """A folder that is filled under another name, and at the end takes the place of what there is of an unfinished one.
+
+    A kill between the two leaves less of that one, which is unfinished still.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.temporary = path, path.with_name(f".{path.name}.part")
@@ -158,7 +174,9 @@ class _Folder:
         return self.temporary
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None and not self.path.is_dir():
+        if kind is None:
+            if self.path.is_dir():
+                shutil.rmtree(self.path)
             os.replace(self.temporary, self.path)
         shutil.rmtree(self.temporary, ignore_errors=True)
 

@@ -273,7 +273,7 @@ def latents(counts: Sequence[int], scores: Sequence[float], gflops: Sequence[flo
 
 
 def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Loss and validation accuracy of each epoch.
+    """Loss and validation score of each epoch.
 
     Args:
         history: by the variant's name, the rows of its log.jsonl; rows of single steps are passed over.
@@ -325,7 +325,7 @@ def report(
     summary_rows: Sequence[Mapping[str, Any]],
     clips: Iterable[tuple[str, Figure | bytes, str]],
     notes: Sequence[str] = (),
-    curves: Figure | bytes | None = None,
+    curves: tuple[Figure | bytes, str] | None = None,
 ) -> None:
     """Writes an HTML page that needs no other file: a table, notes, the curves, and a picture per clip. Atomic.
 
@@ -334,11 +334,12 @@ def report(
             right-aligned; format them beforehand if four digits are not what is wanted.
         clips: (name, figure or PNG bytes, caption).
         notes: a paragraph each.
+        curves: figure or PNG bytes, and a caption.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", _table(summary_rows)]
     parts += [f"<p>{html.escape(note)}</p>" for note in notes]
     if curves is not None:
-        parts += ["<h2>Training</h2>", _picture(curves, "loss and validation accuracy by epoch")]
+        parts += ["<h2>Training</h2>", _picture(*curves)]
     sections = [
         f"<section><h3>{html.escape(name)}</h3>{_picture(figure, caption)}</section>" for name, figure, caption in clips
     ]

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 # What may differ when a run is resumed: it decides how long and how fast, not what is computed.
 _FREE = ("epochs", "patience", "workers", "on_nan", "checkpointing")
+_NOT_FINITE = "expected finite outputs, got NaN or infinity"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,7 +48,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Fit:
     """What `fit` did. best_score: on the validation set (0 to 1), in epoch best_epoch, counted from 1.
 
-    skipped: a line for each file that could not be read.
+    skipped: a line for each file that could not be read. silent: ids of the clips that are said to be without sound.
     """
 
     best_score: float
@@ -55,18 +56,22 @@ class Fit:
     epochs: int
     steps: int
     skipped: tuple[str, ...]
+    silent: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What a model reaches on the clips that could be read.
 
-    scores: by name, the one that selects a model first; shares are from 0 to 1. skipped: a line for each file that
-    could not be read. predictions: by clip id, on the CPU, what the task's `kept` says.
+    scores: by name, the one that selects a model first; shares are from 0 to 1. clips: how many were scored. skipped:
+    a line for each file that could not be read, which several clips may share. silent: ids of the clips that are said
+    to be without sound. predictions: by clip id, on the CPU, what the task's `kept` says.
     """
 
     scores: Mapping[str, float]
+    clips: int
     skipped: tuple[str, ...]
+    silent: tuple[str, ...]
     clips_per_second: float
     predictions: Mapping[str, Tensor]
 
@@ -93,14 +98,15 @@ def fit(
     `save_pretrained`. (The released code selects on the test set.) Training ends after `config.epochs`, or after
     `config.patience` epochs without a better score. `model` is left as the last step left it.
 
-    A micro-batch counts by its segments, so k of them are one batch k times as large, but for BatchNorm. A clip
+    A micro-batch counts by its clips, so k of them are one batch k times as large, but for BatchNorm. A clip
     that cannot be read is left out with a warning. So is, by default, a step in which a clip gives outputs that are
     not finite: parameters, Adam's state and BatchNorm's buffers stay as they were. The same happens without a
-    warning where gradients overflow in float16, which halves the loss scale. The model runs as `lavish_fast.optimize`
+    warning where gradients overflow in float16, which halves the loss scale. Validation leaves such clips out, with a
+    warning as well. The model runs as `lavish_fast.optimize`
     makes it for training, in a `lavish_fast.TrainingStep`: on a GPU its steps are CUDA graphs.
 
     Args:
-        train_set, val_set: the task's `Dataset`, or anything with its items; `metric()` is optional.
+        train_set, val_set: the task's `Dataset`, or anything with its items; `metric()` and `fold` are optional.
         out: last/ is the state to resume from, best/ the best model; log.jsonl has a line a step and an epoch,
             tensorboard/ the same as curves. Each file is replaced in one move, so a kill leaves the old or the new.
         resume: go on from out/last, also from the middle of an epoch: on a CPU, bit for bit as if never stopped.
@@ -122,6 +128,9 @@ def fit(
         raise ValueError(f"{out}: expected a folder without a run, or to be asked to resume, got {path}")
 
     rank, world = _join(device)
+    if world > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        # A rank whose micro-batch has no clip that can be read would leave the others waiting for its statistics.
+        raise ValueError("model: expected BatchNorm of one process each, got SyncBatchNorm, which fit cannot train")
     with _display(progress, rank) as (bar, say):
         model.to(device)
         if world > 1:
@@ -132,6 +141,8 @@ def fit(
         steps = _Steps(len(train_set), config, rank, world)
         loader = _loader(train_set, config.workers, device, batch_sampler=steps, persistent_workers=config.workers > 0)
         run = _Run(model, config, steps, path, device)
+        if hasattr(train_set, "fold"):
+            run.identity["fold"] = train_set.fold
         if resume:
             run.load()
         state = run.state
@@ -140,7 +151,7 @@ def fit(
                 clips_per_second = _train_epoch(run, loader, log, bar)
                 run.average_buffers()
                 options = {"batch_size": config.batch_size, "amp": config.amp, "workers": config.workers}
-                result = evaluate(model, val_set, **options, progress=bar, device=device)
+                result = evaluate(model, val_set, **options, on_nan=config.on_nan, progress=bar, device=device)
                 if rank == 0:
                     run.note(result.skipped)
                 state.epoch, state.step = state.epoch + 1, 0
@@ -150,6 +161,7 @@ def fit(
                         model.save_pretrained(out / "best")
                 loss, state.loss, state.segments = state.loss / state.segments, 0.0, 0
                 state.skipped = list(dict.fromkeys(itertools.chain(*_gather(state.skipped))))
+                state.silent = list(dict.fromkeys(itertools.chain(*_gather(state.silent), result.silent)))
                 log.epoch(state, loss, result, clips_per_second)
                 run.save()
                 say(
@@ -158,7 +170,8 @@ def fit(
                     + (f"  {len(state.skipped)} files skipped" if state.skipped else "")
                     + (f"  {state.overflows} overflows" if state.overflows else "")
                 )
-        return Fit(state.best_score, state.best_epoch, state.epoch, state.steps, tuple(state.skipped))
+        found = (tuple(state.skipped), tuple(state.silent))
+        return Fit(state.best_score, state.best_epoch, state.epoch, state.steps, *found)
 
 
 @torch.no_grad()
@@ -170,6 +183,7 @@ def evaluate(
     metric: Any = None,
     amp: str | None = None,
     workers: int = 0,
+    on_nan: str = "stop",
     progress: Progress | None = None,
     device: str | torch.device | None = None,
 ) -> Evaluation:
@@ -178,8 +192,10 @@ def evaluate(
     Args:
         metric: the task's `Metric`; the data set's own if not given.
         amp, workers: as in `TrainConfig`. progress, device: as for `fit`.
+        on_nan: "skip" leaves clips with non-finite outputs out, as ones that cannot be read.
 
-    Raises: ValueError when no clip can be read, FloatingPointError naming clips with non-finite outputs.
+    Raises: ValueError when no clip can be read; with `on_nan="stop"` FloatingPointError naming clips with non-finite
+        outputs.
     """
     device = _device(device)
     task = tasks.load(model.config.task)
@@ -187,23 +203,35 @@ def evaluate(
         metric = dataset.metric() if hasattr(dataset, "metric") else task.Metric()
     predictions: dict[str, Tensor] = {}
     skipped: list[str] = []
-    was_training = model.training
+    silent: list[str] = []
+    broken: list[str] = []
+    clips = 0
     rank, world = _join(device)
-    with _display(progress, rank) as (bar, _):
-        model.to(device).eval()
+    with _display(progress, rank) as (bar, _), _evaluating(model.to(device)):
         mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
         loader = _loader(mine, workers, device, batch_size=batch_size)
         start = time.perf_counter()
         for batch in _track(loader, bar):
             skipped += batch.failed
-            if len(batch):
-                batch = batch.to(device)
-                outputs = _outputs(model, batch, amp)
-                metric.update(outputs, batch.labels, batch.ids)
-                predictions |= zip(batch.ids, task.kept(outputs, len(batch)).cpu())
+            silent += batch.silent
+            if not len(batch):
+                continue
+            batch = batch.to(device)
+            outputs, fine = _outputs(model, batch, amp)
+            if not all(fine):
+                broken += [name for name, is_fine in zip(batch.ids, fine) if not is_fine]
+                batch = batch.only(fine)
+                if not len(batch):
+                    continue
+                outputs, _ = _outputs(model, batch, amp)
+            clips += len(batch)
+            metric.update(outputs, batch.labels, batch.ids)
+            predictions |= zip(batch.ids, task.kept(outputs, len(batch)).cpu())
         seconds = time.perf_counter() - start
-        parts = _gather((metric, skipped, predictions))
-    model.train(was_training)
+        skipped += [f"{name}: {_NOT_FINITE}" for name in broken]
+        parts = _gather((metric, skipped, predictions, clips, silent, broken))
+    if on_nan == "stop" and (broken := [name for part in parts for name in part[5]]):
+        raise FloatingPointError(f"{', '.join(broken)}: {_NOT_FINITE}")
     skipped = tuple(dict.fromkeys(itertools.chain(*(part[1] for part in parts))))
     predictions = {name: x for part in parts for name, x in part[2].items()}
     if not predictions:
@@ -211,7 +239,9 @@ def evaluate(
     metric = parts[0][0]
     for other, *_ in parts[1:]:
         metric.merge(other)
-    return Evaluation(metric.results(), skipped, (len(dataset) - len(skipped)) / seconds, predictions)
+    clips = sum(part[3] for part in parts)
+    silent = tuple(itertools.chain(*(part[4] for part in parts)))
+    return Evaluation(metric.results(), clips, skipped, silent, clips / seconds, predictions)
 
 
 @dataclass
@@ -227,6 +257,7 @@ class _State:
     best_epoch: int = 0
     log_bytes: int = 0
     skipped: list[str] = dataclasses.field(default_factory=list)
+    silent: list[str] = dataclasses.field(default_factory=list)
     overflows: int = 0  # steps that were not taken because of them
 
 
@@ -263,6 +294,7 @@ class _Run:
         fine: list[tuple[tuple[str, ...], Tensor]] = []
         for batch in batches:
             self.note(batch.failed)
+            self.state.silent += batch.silent
             if len(batch):
                 batch = batch.to(self.device)
                 fine.append((batch.ids, self.take.accumulate(**batch.inputs, labels=batch.labels)))
@@ -281,11 +313,11 @@ class _Run:
         """Notes a step that was not taken, or ends the run. fine: ids of clips, and whether they are not to blame."""
         names = [name for ids, good in fine for name, is_fine in zip(ids, good.tolist()) if not is_fine]
         names = ", ".join(itertools.chain(*_gather(names)))
-        what = f"{names}: expected finite outputs" if names else "expected finite gradients"
+        what = f"{names}: {_NOT_FINITE}" if names else "expected finite gradients, got NaN or infinity"
         if self.config.on_nan == "stop":
-            raise FloatingPointError(f"{what}, got NaN or infinity")
+            raise FloatingPointError(what)
         if self.steps.rank == 0:
-            self.note([f"step {self.state.steps + 1}: {what}, got NaN or infinity"])
+            self.note([f"step {self.state.steps + 1}: {what}"])
 
     def average_buffers(self) -> None:
         """Makes BatchNorm's running statistics the mean over the ranks."""
@@ -398,15 +430,22 @@ def _train_epoch(run: _Run, loader: DataLoader, log: _Log, bar: Progress) -> flo
     return clips / (time.perf_counter() - start)
 
 
-def _outputs(model: nn.Module, batch: Batch, amp: str | None) -> Any:
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def _outputs(model: nn.Module, batch: Batch, amp: str | None) -> tuple[Any, list[bool]]:
+    """The outputs, and of which clips they are finite."""
     with torch.autocast(batch.labels.device.type, _DTYPES.get(amp), enabled=amp is not None):
         outputs = model(**batch.inputs)
     first = outputs[0] if isinstance(outputs, tuple) else outputs
-    finite = first.reshape(len(batch), -1).isfinite().all(1).tolist()
-    if not all(finite):
-        names = ", ".join(name for name, fine in zip(batch.ids, finite) if not fine)
-        raise FloatingPointError(f"{names}: expected finite outputs, got NaN or infinity")
-    return outputs
+    return outputs, first.reshape(len(batch), -1).isfinite().all(1).tolist()
 
 
 class _Log:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lavish_fast import Model, media, optimize
+from lavish_fast import Model, media, optimize, tasks
 from lavish_fast.config import UCF101_CLASSES, AdapterConfig, Config, SpectrogramConfig, VideoMAEConfig
 from lavish_fast.tasks import action
 from parity import randomise, tiny_config
@@ -351,7 +351,7 @@ def test_an_item_is_a_clip(tmp_path, folder):
         "audio": (1, 3, 32, 32),
         "video": (1, 3, 4, 32, 32),
     }
-    assert not dataset.silent
+    assert not item["silent"]
 
 
 def test_frames_are_spread_over_the_whole_clip(tmp_path):
@@ -360,8 +360,7 @@ def test_frames_are_spread_over_the_whole_clip(tmp_path):
     path.parent.mkdir(parents=True)
     encode(path, colours, codec="ffv1", pix_fmt="bgr0", size=(8, 8))
     write_lists(tmp_path)
-    with pytest.warns(UserWarning, match="without sound"):
-        video = action.Dataset(tmp_path, "train", make_config())[0]["video"]
+    video = action.Dataset(tmp_path, "train", make_config())[0]["video"]
     assert (media.denormalise(video)[:, 16, 16, 0] // 8).tolist() == [0, 9, 19, 29]
 
 
@@ -370,16 +369,15 @@ def test_clips_without_sound_are_silent_and_counted(tmp_path):
     write_clips(tmp_path, TRAIN[:3], sound=False)
     write_clips(tmp_path, [*TRAIN[3:], *TEST])
     dataset = action.Dataset(tmp_path, "train", make_config(), cache=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         items = [dataset[i] for _ in range(2) for i in range(3)]
-    assert [str(w.message) for w in caught] == [
-        f"{tmp_path}: has clips without sound, silence used (first v_Archery_g08_c01)"
-    ]
-    assert dataset.silent == {"v_Archery_g08_c01", "v_HandStandPushups_g09_c02"}
     floor = (math.log(np.finfo(np.float32).eps) - WHOLE.mean) / (2 * WHOLE.std)
-    for item, silent in zip(items[:3], (True, True, False)):
-        assert ((item["audio"] - floor).abs().max() < 1e-4) == silent
+    for item, silent in zip(items, (True, True, False) * 2):
+        assert ((item["audio"] - floor).abs().max() < 1e-4) == silent == item["silent"]
+    batch = tasks.collate(items[:3])
+    assert batch.silent == ("v_Archery_g08_c01", "v_HandStandPushups_g09_c02")
+    assert set(batch.inputs) == {"audio", "video"}
     report = action.verify(tmp_path, make_config(), decode=True, workers=0)
     assert report.ok
     assert report.silent == ("v_Archery_g08_c01", "v_HandStandPushups_g09_c02", "v_Archery_g24_c01")
@@ -438,10 +436,13 @@ def test_verify_knows_ucf101s_sizes(tmp_path, fold, train, test):
     write_lists(tmp_path, UCF101_CLASSES, fold, train=names[:train], test=names[train:])
     report = action.verify(tmp_path, config, fold=fold)
     assert not any("UCF101 has" in note for note in report.notes)
+    assert report.published
     assert report.splits["train"] + report.splits["val"] == train
     assert len(report.missing["test"]) == test
     assert max(map(len, str(report).splitlines())) < 300
     write_lists(tmp_path, UCF101_CLASSES, fold, train=names[1:train], test=names[train:])
-    notes = action.verify(tmp_path, config, fold=fold).notes
+    report = action.verify(tmp_path, config, fold=fold)
+    notes = report.notes
+    assert not report.published
     assert f"train list: UCF101 has {train}, got {train - 1}" in notes
     assert "clips: UCF101 has 13320, got 13319" in notes

@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import subprocess
 import sys
 import wave
@@ -386,6 +387,10 @@ def test_items_of_each_layout(data):
     assert [row.start for row in ave.Dataset(data, "test", config).rows] == [3, 0]
     assert ave.Dataset(data, "val", config)[0]["video"].unique().tolist() == [13]
     assert len(ave.Dataset(data, "train", config, skip=("dog-1",))) == 2
+    # A folder without frames beside its sound is as good as none.
+    (data / "frames" / "dog-1").mkdir()
+    shutil.copy(data / "audio" / "talk2.wav", data / "audio" / "dog-1.wav")
+    assert torch.equal(ave.Dataset(data, "train", config)[0]["video"], dog["video"])
 
 
 def test_unreadable_clips_are_set_aside(data):
@@ -448,6 +453,7 @@ def test_verify_of_a_whole_data_set(data):
     assert (report.rows, report.header) == (6, False)
     assert report.splits == {"train": 3, "val": 1, "test": 2}
     assert report.missing == {"train": (), "val": (), "test": ()}
+    assert not report.published
     assert report.duplicates == ("dog-1",)
     assert report.shared == {"train and val": (), "train and test": ("dog-1",), "val and test": ()}
     text = str(report)
@@ -477,7 +483,9 @@ def test_verify_reports_each_problem(data):
 
     write_index(data)
     assert "classes: expected the configuration's 29" in ave.verify(data, make_config(AVE_CLASSES)).problems[0]
-    notes = ave.verify(data, make_config(AVE_CLASSES)).notes
+    report = ave.verify(data, make_config(AVE_CLASSES))
+    notes = report.notes
+    assert not report.published
     assert "Annotations.txt: AVE has 4143 rows, got 6" in notes
     assert "train: AVE has 3339 rows, got 3" in notes
     assert not any("AVE has" in note for note in ave.verify(data, make_config()).notes)
@@ -530,6 +538,7 @@ def test_the_real_index_files():
 def test_verify_on_the_real_index_files():
     report = ave.verify(AVE, make_config(AVE_CLASSES))
     assert not report.header
+    assert report.published
     assert len(report.duplicates) == 45
     assert {pair: len(ids) for pair, ids in report.shared.items()} == {
         "train and val": 10,

@@ -918,9 +918,12 @@ def test_verify_of_a_whole_data_set(data):
         "splits: train 4, val 1, test 1",
         f"note: val: {data}/json/avqa-val.json",
         "note: 1 videos are in train and val: b",
+        "note: train: MUSIC-AVQA has 32087 questions, got 4",
+        f"note: MUSIC-AVQA has 93 words, got {len(TRAIN_WORDS)}",
+        "note: MUSIC-AVQA has 42 answers, got ",
     ):
         assert expected in text
-    assert "MUSIC-AVQA has" not in text
+    assert not report.published
 
 
 def test_verify_reports_each_problem(data):
@@ -964,11 +967,15 @@ def test_verify_decodes_when_asked(data):
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ((4595, 9185), []),
-        ((4568, 9129), ["val: 4568 questions are of json_update/", "test: 9129 questions are of json_update/"]),
+        ((32087, 4595, 9185), []),
+        ((32087, 4568, 9129), ["val: 4568 questions are of json_update/", "test: 9129 questions are of json_update/"]),
         (
-            (4594, 9186),
-            ["val: MUSIC-AVQA has 4595 questions, got 4594", "test: MUSIC-AVQA has 9185 questions, got 9186"],
+            (32086, 4594, 9186),
+            [
+                "train: MUSIC-AVQA has 32087 questions, got 32086",
+                "val: MUSIC-AVQA has 4595 questions, got 4594",
+                "test: MUSIC-AVQA has 9185 questions, got 9186",
+            ],
         ),
     ],
 )
@@ -981,11 +988,14 @@ def test_verify_notes_sizes_that_are_not_the_published_ones(tmp_path, sizes, exp
     train += [entry(100, " ".join(f"x{i}" for i in range(92 - len(words))) + "?")]
     train += [entry(101 + i, "w0-0?", answer=f"answer {i}") for i in range(41)]
     train[-42]["anser"] = "answer 41"
-    rows = [entry(i, "w0-0?", answer="answer 0") for i in range(sizes[1])]
-    write_questions(tmp_path, train=train, val=rows[: sizes[0]], test=rows)
+    train += [entry(1000 + i, "w0-0?", answer="answer 0") for i in range(sizes[0] - len(train))]
+    rows = [entry(i, "w0-0?", answer="answer 0") for i in range(sizes[2])]
+    write_questions(tmp_path, train=train, val=rows[: sizes[1]], test=rows)
     config = settled(tmp_path)
     assert (len(config.head.words), len(config.classes)) == (93, 42)
-    notes = [note for note in avqa.verify(tmp_path, config).notes if "question" in note]
+    report = avqa.verify(tmp_path, config)
+    notes = [note for note in report.notes if "question" in note or "MUSIC-AVQA" in note]
+    assert report.published == (not expected)
     assert len(notes) == len(expected)
     for note, start in zip(notes, expected):
         assert note.startswith(start)

@@ -1,4 +1,5 @@
 import math
+import pickle
 import re
 import shutil
 import wave
@@ -501,6 +502,18 @@ def test_the_official_f_depends_on_the_batch_size():
     assert metric.official_f_score(100) == metric.results()["pooled F-score"]
     backwards = [f"video {i}" for i in range(7)][::-1]
     assert metric.official_f_score(2, backwards) == pytest.approx(plain_f(videos[::-1], 2), rel=1e-12)
+    # Among the results in the data set's order, also where ranks had every other video.
+    order = [4, 0, 6, 2, 5, 1, 3]
+    names = [f"video {i}" for i in order]
+    metric, other = avs.Metric(2, names), avs.Metric(2, names)
+    metric.videos, other.videos = score(videos).videos[::2], score(videos).videos[1::2]
+    metric.merge(other)
+    results = metric.results()
+    assert list(results) == ["mIoU", "F-score", "pooled F-score", "official F-score (batch 2)"]
+    pairs = [plain_f([videos[i] for i in pair], 2) for pair in ((4, 0), (6, 2), (5, 1), (3,))]
+    assert results["official F-score (batch 2)"] == pytest.approx(sum(pairs) / 4, rel=1e-12)
+    assert results["official F-score (batch 2)"] != pytest.approx(scores[1], rel=1e-6)
+    assert {**score(videos).results(), **results} == results
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         metric.official_f_score(0)
     with pytest.raises(ValueError, match="order: expected all that were scored, got none of video 1"):
@@ -598,11 +611,17 @@ def write_s4(root, rows=ROWS, frames=3, size=32):
             file.setsampwidth(2)
             file.setframerate(16000)
             file.writeframes(np.random.default_rng(0).integers(-9999, 9999, 48000, np.int16).tobytes())
-        # Pickles are never opened: this one would be noticed.
+        # Pickles are never opened: this one ends who does.
         pickled = data / "audio_log_mel" / split / category / f"{name}_log_mel.pkl"
         pickled.parent.mkdir(parents=True, exist_ok=True)
-        pickled.write_bytes(b"cposix\nsystem\n(S'exit 1'\ntR.")
+        pickled.write_bytes(b"cbuiltins\nexec\n(S'raise SystemExit(\"a pickle was opened\")'\ntR.")
     return root
+
+
+def test_a_pickle_that_is_opened_is_noticed(tmp_path):
+    pickled = next(write_s4(tmp_path).rglob("*.pkl"))
+    with pytest.raises(SystemExit, match="a pickle was opened"):
+        pickle.loads(pickled.read_bytes())
 
 
 def test_items(tmp_path):
@@ -646,6 +665,20 @@ def test_clips_are_decoded_once_if_cached(tmp_path, monkeypatch):
         assert len(calls) == expected
 
 
+def test_clips_of_one_name_in_two_categories_are_two(tmp_path):
+    write_s4(tmp_path, ["x,0,dog,val", "x,0,cat,val", "x,0,cat,test"])
+    shutil.rmtree(tmp_path / "s4_data/visual_frames/val/cat/x")
+    for i in (1, 2, 3):
+        picture = np.full((32, 32, 3), 200, np.uint8)
+        write_png(tmp_path / f"s4_data/visual_frames/val/cat/x/x_{i}.png", picture)
+    dataset = avs.Dataset(tmp_path, "val", make_config(), cache=True)
+    assert dataset[0]["video"].mean() < 0 < dataset[1]["video"].mean()
+    # Predictions are kept by name.
+    report = avs.verify(tmp_path, make_config())
+    assert report.problems == ("val: 1 names come more than once: x",)
+    assert "1 names are in val and test: x" in report.notes
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "P"])
 def test_masks_are_thresholded_and_not_dithered(tmp_path, mode):
     write_s4(tmp_path)
@@ -671,6 +704,14 @@ FAULTS = {
         lambda data: write_png(data / MASKS / "bus_4.png", np.zeros((32, 32), np.uint8)),
         r"/bus: expected 3 masks, got 4",
     ),
+    "a mask of another suffix": (
+        lambda data: (data / MASKS / "bus_2.png").rename(data / MASKS / "bus_2.PNG"),
+        r"gt_masks/.*/bus: expected 3 masks, got no bus_2\.png",
+    ),
+    "a mask of another format": (
+        lambda data: (data / MASKS / "bus_2.png").rename(data / MASKS / "bus_2.jpg"),
+        r"gt_masks/.*/bus: expected 3 masks, got no bus_2\.png",
+    ),
     "no masks": (
         lambda data: shutil.rmtree(data / MASKS),
         r"gt_masks/test/driving_buses/bus: expected a folder of masks, got none",
@@ -678,6 +719,10 @@ FAULTS = {
     "a frame is missing": (drop(f"{FRAMES}/bus_3.png"), r"visual_frames/.*/bus: expected 3 frames, got no bus_3"),
     "a frame too many": (
         lambda data: write_png(data / FRAMES / "bus_4.png", np.zeros((32, 32, 3), np.uint8)),
+        r"/bus: expected 3 frames, got 4",
+    ),
+    "a frame twice": (
+        lambda data: shutil.copyfile(data / FRAMES / "bus_1.png", data / FRAMES / "bus_1.jpg"),
         r"/bus: expected 3 frames, got 4",
     ),
     "no sound": (drop("audio_wav/test/driving_buses/bus.wav"), r"bus\.wav: expected a sound, got none"),
@@ -789,7 +834,9 @@ def test_verify_of_a_whole_data_set(tmp_path, workers):
         "note: train: S4 has 3452 clips, got 2",
         "note: val: S4 has 740 clips, got 1",
         "note: test: S4 has 740 clips, got 2",
+        "note: S4 has 23 categories, got 3",
     ]
+    assert not report.published
 
 
 def test_verify_reports_each_problem(tmp_path):
@@ -803,5 +850,5 @@ def test_verify_reports_each_problem(tmp_path):
     assert [re.search(r"line \d+", text)[0] for text in report.problems[:2]] == ["line 3", "line 4"]
     assert report.problems[2].startswith("val: 1 of 3 clips lack files or have too many: gone; first ")
     assert report.missing["val"] == ("gone",)
-    assert "1 names have more than one row: cat_1" in report.notes
+    assert report.problems[3:] == ("val: 1 names come more than once: cat_1",)
     assert report.rows == 9

@@ -109,6 +109,17 @@ def test_torch_files_are_read_as_plain_tensors(tmp_path):
         checkpoint.read_tensors(tmp_path / "x.pth")
 
 
+def test_a_backbones_file_may_have_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("vit.ckpt", "weights", "hub:vit.pt"):
+        torch.save({"a": torch.ones(2)}, name)
+        assert torch.equal(checkpoint.backbone_tensors(name)["a"], torch.ones(2))
+    with pytest.raises(FileNotFoundError, match=r"other\.pt: expected a file of weights, got none"):
+        checkpoint.backbone_tensors("other.pt")
+    with pytest.raises(ValueError, match=r"expected a file, or a timm model's name, got 'other\.ckpt'"):
+        checkpoint.backbone_tensors("other.ckpt")
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.5])
 def test_truncated_weights_are_refused(saved, keep):
     model, path = saved

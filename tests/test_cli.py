@@ -214,6 +214,15 @@ def test_bad_usage(run, options, trained, dataset, tmp_path):
         ((*train, "--backbone", "no/file.pt", "--preset", "ave-vit-tiny"), ("no/file.pt", "got none")),
         (("train", "avx", "--data", dataset, "--out", tmp_path), ("task", "avx")),
         (("evaluate", "ave", "--data", dataset, *options, "--batch-size", 0), ("batch_size", "got 0")),
+        (("evaluate", "ave", "--data", dataset, *options, "--official-batch", 4), ("--official-batch", "avs alone")),
+        (("evaluate", "ave", "--data", dataset, *options, "--official-batch", 0), ("--official-batch", "equal to 1")),
+        (("localize", video, *options, "--vggish", video), ("--vggish", "expected it for a model with VGGish beside")),
+        (("evaluate", "ave", "--data", dataset, *options, "--vggish", video), ("--vggish", "VGGish beside")),
+        ((*train, "--preset", "ave-vit-tiny", "--fold", 2), ("--fold", "expected it with action alone, got ave")),
+        (("evaluate", "ave", "--data", dataset, *options, "--fold", 2), ("--fold", "action alone, got ave")),
+        (("sweep", "latents", "--task", "ave", *train[2:], "--fold", 2), ("--fold", "action alone, got ave")),
+        (("prepare", "ave", dataset, "--fold", 2), ("--fold", "action alone, got ave")),
+        (("prepare", "action", dataset, "--fold", 4), ("--fold", "equal to 3")),
         (("prepare", "ave", tmp_path / "missing"), ("DIR", "missing", "AVE-ECCV18")),
         (("prepare", "action", dataset, "--extract"), ("action", "ave, avs or avqa")),
         (("listen",), ("listen",)),
@@ -343,33 +352,55 @@ def test_train_and_evaluate(run, train_options, dataset, tmp_path):
 def test_evaluate_leaves_a_bad_file_out_and_says_so(run, options, tmp_path):
     write_dataset(tmp_path)
     (tmp_path / "AVE" / "clip4.mp4").write_text("no video")
+    with open(tmp_path / "Annotations.txt", "a") as file:
+        file.write("\nDrum [low]&clip4&good&0&1")
     result = run("evaluate", "ave", "--data", tmp_path, *options, "--workers", 0)
     assert result.code == 1
+    # The file is reported once, and both rows of it are not scored.
     assert_one_line(result.err, "clip4.mp4", "expected a media file")
-    assert "1 of 2" in result.out
+    assert "1 of 3" in result.out
 
 
-def test_vggish_is_asked_for_by_its_weights(run, train_options, dataset, tmp_path, monkeypatch):
-    class Ear(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = torch.nn.Linear(96 * 64, 128)
+class Ear(torch.nn.Module):
+    """Of VGGish's inputs and outputs, without its 72 million parameters."""
 
-        def forward(self, patches):
-            return self.fc(patches.flatten(1)).relu()
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(96 * 64, 128)
 
+    def forward(self, patches):
+        return self.fc(patches.flatten(1)).relu()
+
+
+@pytest.fixture
+def ear(tmp_path, monkeypatch):
+    """The file of weights of an `Ear`, which is in VGGish's place."""
     monkeypatch.setattr("lavish_fast.model.VGGish", Ear)
     save_file(Ear().state_dict(), tmp_path / "ear.safetensors")
+    return tmp_path / "ear.safetensors"
+
+
+def test_vggish_is_asked_for_by_its_weights(run, train_options, dataset, tmp_path, ear):
     fast = ("--epochs", 1, "--workers", 0)
-    result = run(*train_options, *fast, "--vggish", tmp_path / "ear.safetensors")
+    result = run(*train_options, *fast, "--vggish", ear)
     assert result.code == 0, result.err
     best = tmp_path / "out" / "best"
     saved = Config.from_dict(checkpoint.read_config(best / "config.json"))
-    assert saved.head.vggish_weights == str(tmp_path / "ear.safetensors")
+    assert saved.head.vggish_weights == str(ear)
     assert not any("vggish" in name for name in checkpoint.read_tensors(best / "model.safetensors"))
     found = run("localize", dataset / "AVE" / "clip0.mp4", "--checkpoint", best, "--out", tmp_path / "found")
     assert found.code == 0, found.err
     assert len((tmp_path / "found" / "localize.jsonl").read_text().splitlines()) == 2
+
+    moved = ear.rename(tmp_path / "moved.safetensors")
+    for command in (("localize", dataset / "AVE" / "clip0.mp4"), ("evaluate", "ave", "--data", dataset)):
+        command += ("--checkpoint", best, "--out", tmp_path / command[0])
+        result = run(*command)
+        assert result.code == 2
+        assert_one_line(result.err, ear, "expected a file of weights, got none")
+        result = run(*command, "--vggish", moved)
+        assert result.code == 0, result.err
+
     (tmp_path / "config.json").write_text(json.dumps(saved.to_dict() | {"head": {"vggish": True}}))
     result = run(*train_options, *fast, "--out", tmp_path / "other")
     assert result.code == 2
@@ -387,7 +418,7 @@ def test_every_training_option_arrives(run, train_options, monkeypatch):
 
     def fake(model, train_set, val_set, config, out, *, resume):
         calls.append((len(train_set), len(val_set), config, out, resume))
-        return training.Fit(0.5, 1, 2, 3, ("a line",))
+        return training.Fit(0.5, 1, 2, 3, ("a line",), ("a clip", "another"))
 
     monkeypatch.setattr(training, "fit", fake)
     valued = [name for name in names if name != "checkpointing"]
@@ -396,6 +427,7 @@ def test_every_training_option_arrives(run, train_options, monkeypatch):
     assert result.code == 0, result.err
     assert calls == [(2, 2, wanted, train_options[5], True)]
     assert "1 files could not be read" in result.out
+    assert "2 clips without sound, read as silence" in result.out
 
 
 def test_under_torchrun_one_process_speaks(train_options, tmp_path):
@@ -415,7 +447,9 @@ def test_prepare_says_what_is_missing(run, tmp_path):
     write_dataset(tmp_path)
     result = run("prepare", "ave", tmp_path)
     assert result.code == 0, result.out
-    assert "nothing is missing" in result.out
+    assert "Annotations.txt: 6 rows, without a header\n" in result.out
+    assert "nothing is missing" not in result.out  # AVE has more
+    assert "every listed file is there; --decode would also try every file" in result.out
 
     (tmp_path / "AVE" / "clip3.mp4").unlink()
     (tmp_path / "AVE" / "clip4.mp4").write_text("no video")

@@ -13,12 +13,14 @@ from PIL import Image
 from lavish_fast import Config, Model, checkpoint, media, training
 from lavish_fast.commands import segment, sweep
 from lavish_fast.config import AVQAConfig
-from lavish_fast.tasks import action, avqa_data, avs
+from lavish_fast.tasks import action, avqa_data, avs, avs_data
 from parity import randomise, tiny_config
+from test_action import TEST, TRAIN, write_clips, write_lists
 from test_action import make_config as action_config
+from test_avqa import write_questions
 from test_avs import make_config as avs_config
-from test_avs import write_s4
-from test_cli import CONFIG, assert_one_line, dataset, run, write_dataset, write_video  # noqa: F401
+from test_avs import plain_f, write_s4
+from test_cli import CONFIG, assert_one_line, dataset, ear, run, write_dataset, write_video  # noqa: F401
 from test_media import encode, film, tone
 
 WORDS = ("<pad>", "How", "many", "violin", "guitar", "is", "playing")
@@ -98,6 +100,17 @@ def test_segment(run, trained, videos, tmp_path):  # noqa: F811
         assert [(s.type, s.codec_context.name) for s in container.streams] == [("video", "h264")]
         assert (container.streams[0].width, container.streams[0].height) == (64, 48)
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_segment_leaves_no_pictures_of_an_earlier_run(run, trained, videos, tmp_path):  # noqa: F811
+    folder = tmp_path / "short"
+    folder.mkdir()
+    for name in ("002.png", "007.png", "007_mask.png", "1000_mask.png", "7.png", "007.jpg", "other.png"):
+        (folder / name).write_text("of an earlier run, or of someone else")
+    result = run("segment", videos / "short.mkv", *trained["avs"][1], "--out", tmp_path)
+    assert result.code == 0, result.err
+    ours = {f"{i:03}{end}.png" for i in range(3) for end in ("", "_mask")}
+    assert {path.name for path in folder.iterdir()} == ours | {"7.png", "007.jpg", "other.png"}
 
 
 def test_a_film_has_the_nearest_mask_on_every_frame_and_its_sound(videos, tmp_path):
@@ -205,6 +218,37 @@ def test_models_of_other_tasks_are_refused(run, trained, videos):  # noqa: F811
         assert_one_line(result.err, "--checkpoint", f"expected a model for {task}, got one for {other}")
 
 
+# evaluate
+
+
+def test_the_official_f_score_has_the_batches_of_the_list(run, trained, tmp_path):  # noqa: F811
+    model, options = trained["avs"]
+    names = ("c", "a", "d", "b", "e")  # neither sorted, nor paired as if they were
+    write_s4(tmp_path, [f"{name},0,dog,test" for name in names])
+    clips = avs.Dataset(tmp_path, "test", model.config)
+    assert [item["id"] for item in clips] == list(names)
+    with torch.no_grad():
+        logits = model(clips[0]["video"][None], clips[0]["audio"][None])[0][:, 0]  # those of every clip
+    # Objects of several sizes, so that each clip has a threshold of its own.
+    scored = [(logits, logits > logits.quantile(q)) for q in (0.95, 0.1, 0.5, 0.85, 0.05)]
+    for name, (_, masks) in zip(names, scored):
+        for i, mask in enumerate(masks.numpy(), 1):
+            path = tmp_path / "s4_data/gt_masks/test/dog" / name / f"{name}_{i}.png"
+            Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+    evaluate = ("evaluate", "avs", "--data", tmp_path, *options, "--workers", 0, "--out", tmp_path / "out")
+    result = run(*evaluate, "--batch-size", 3, "--official-batch", 2)
+    assert result.code == 0, result.err
+
+    expected = (plain_f(scored[:2], 2) + plain_f(scored[2:4], 2) + plain_f(scored[4:], 2)) / 3
+    scores = json.loads((tmp_path / "out" / "evaluate.json").read_text())["scores"]
+    assert scores["official F-score (batch 2)"] == pytest.approx(expected, rel=1e-3)
+    in_order_of_names = plain_f([scored[i] for i in (1, 3, 0, 2, 4)], 2)
+    assert scores["official F-score (batch 2)"] != pytest.approx(in_order_of_names, rel=1e-2)
+    assert re.search(rf"official F-score \(batch 2\) +│ +{expected:.2%} ", result.out)
+    run(*evaluate)
+    assert "official" not in (tmp_path / "out" / "evaluate.json").read_text()
+
+
 # prepare
 
 
@@ -242,8 +286,12 @@ def test_prepare_speaks_of_each_data_set(run, tmp_path):  # noqa: F811
         folder.mkdir(exist_ok=True)
         result = run("prepare", task, folder)
         assert result.code == (1 if missing else 0)
-        assert re.search(f"problem: .*expected {missing}" if missing else "nothing is missing", result.out)
+        assert re.search(f"problem: .*expected {missing}" if missing else "every listed file is there", result.out)
         assert ("to be had from" in result.out) == bool(missing)
+        assert ("s4_meta_data.csv: 5 rows, 3 categories\n" in result.out) == (not missing)
+    write_questions(tmp_path / "avqa")
+    result = run("prepare", "avqa", tmp_path / "avqa")
+    assert re.search(r"split +┃ questions ┃ videos without media", result.out)
     result = run("prepare", "avs", tmp_path / "action", "--extract")
     assert (result.code, result.err) == (1, "")
     assert "problem: " in result.out
@@ -251,6 +299,23 @@ def test_prepare_speaks_of_each_data_set(run, tmp_path):  # noqa: F811
     result = run("prepare", "avs", tmp_path / "avs", "--extract")
     assert result.code == 1
     assert_one_line(result.err, "1 clips have no video in raw_videos/")
+
+
+@pytest.mark.usefixtures("small")
+def test_prepare_says_that_nothing_is_missing_of_what_is_published_alone(run, tmp_path, monkeypatch):  # noqa: F811
+    write_s4(tmp_path)
+    monkeypatch.setattr(avs_data, "_SIZES", {"train": 2, "val": 1, "test": 2})
+    monkeypatch.setattr(avs_data, "_CATEGORIES", 3)
+    result = run("prepare", "avs", tmp_path)
+    assert result.code == 0
+    assert "nothing is missing; --decode would also try every file" in result.out
+    for name, value in (("_CATEGORIES", 23), ("_SIZES", {"train": 3, "val": 1, "test": 2})):
+        with monkeypatch.context() as patch:
+            patch.setattr(avs_data, name, value)
+            result = run("prepare", "avs", tmp_path, "--decode")
+            assert result.code == 0
+            assert "nothing is missing" not in result.out
+            assert "every listed file is there\n" in result.out
 
 
 # sweep
@@ -296,6 +361,73 @@ def test_sweep_trains_resumes_and_extends(run, dataset, tmp_path, monkeypatch): 
         result = run(*command, "--latents", latents)
         assert result.code == 2
         assert_one_line(result.err, "--latents", "expected whole numbers from 1", repr(latents))
+
+
+def files_of(config, folder):
+    """The options that name a configuration's file and that of weights for its backbone."""
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    checkpoint.write_tensors(folder / "backbone.safetensors", Model(config).backbone.state_dict(), {})
+    return "--config", folder / "config.json", "--backbone", folder / "backbone.safetensors"
+
+
+def test_sweep_with_vggish_beside(run, dataset, ear, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    command = ("sweep", "latents", "--task", "ave", "--data", dataset, "--out", out, *files_of(CONFIG, tmp_path))
+    result = run(*command, "--vggish", ear, "--latents", 1, "--epochs", 1, "--workers", 0)
+    assert result.code == 0, result.err
+    best = Model.from_pretrained(out / "latents-1" / "best")
+    assert torch.equal(best.vggish.fc.weight, checkpoint.read_tensors(ear)["fc.weight"])
+
+
+def test_sweep_refuses_models_without_latents(run, dataset, tmp_path):  # noqa: F811
+    alone = dataclasses.replace(CONFIG, adapter=dataclasses.replace(CONFIG.adapter, cross_modal=False))
+    command = ("sweep", "latents", "--task", "ave", "--data", dataset, "--out", tmp_path / "out")
+    for config, more, got in (
+        (CONFIG, ("--modality", "video"), "got video"),
+        (CONFIG, ("--modality", "audio"), "got audio"),
+        (alone, (), "got adapter.cross_modal false"),
+    ):
+        result = run(*command, *files_of(config, tmp_path), *more)
+        assert result.code == 2
+        assert_one_line(result.err, "expected both streams", f"{got}: all models would be the same")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_the_fold_is_said_and_silent_clips_are_counted(run, tmp_path):  # noqa: F811
+    root, out = tmp_path / "data", tmp_path / "out"
+    for fold in (1, 2):  # the second with as many clips to train on
+        write_lists(root, fold=fold, test=TEST[: 3 - fold])
+    write_clips(root, [*TRAIN[:2], TEST[0]], sound=False)
+    write_clips(root, [*TRAIN[2:], TEST[1]])
+    files = files_of(CONFIGS["action"], tmp_path)
+    fast = ("--workers", 2, "--epochs")
+    command = ("train", "action", "--data", root, "--out", out, *files, "--fold", 2, *fast)
+    for more in ((1,), (2, "--resume")):
+        result = run(*command, *more)
+        assert result.code == 0, result.err
+        assert "2 clips without sound, read as silence\n" in result.out
+        assert "silence" not in result.err
+    result = run(*command, 3, "--resume", "--fold", 1)
+    assert result.code == 1
+    assert_one_line(result.err, "expected fold 2, got 1")
+
+    command = ("evaluate", "action", "--data", root, "--checkpoint", out / "best", "--workers", 1, "--out", out)
+    for fold, more in ((1, ()), (2, ("--fold", 2))):
+        result = run(*command, *more)
+        assert result.code == 0, result.err
+        facts = json.loads((out / "evaluate.json").read_text())
+        assert (facts["fold"], facts["silent"]) == (fold, ["v_Archery_g01_c01"])
+        assert re.search(rf"fold +│ {fold} ", result.out)
+        assert re.search(r"without sound +│ 1 clips, read as silence ", result.out)
+        assert f"{3 - fold} of {3 - fold} " in result.out
+
+    command = ("sweep", "latents", "--task", "action", "--data", root, "--out", out / "sweep", *files, "--fold", 2)
+    result = run(*command, "--latents", 1, *fast, 1)
+    assert result.code == 0, result.err
+    assert json.loads((out / "sweep" / "sweep.json").read_text())["fold"] == 2
+    assert "2 clips without sound, read as silence\n" in result.out
+    assert "fold 2\n" in run("prepare", "action", root, "--fold", 2).out
 
 
 @pytest.mark.parametrize("task", ["ave", *CONFIGS])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lavish_fast import Config
-from lavish_fast.config import AVE_CLASSES, AdapterConfig, SwinV2Config, ViTConfig
+from lavish_fast.config import AVE_CLASSES, AdapterConfig, AVEConfig, SpectrogramConfig, SwinV2Config, ViTConfig
 from parity import tiny_config
 
 OPT = {"num_tokens": 2, "Adapter_downsample": 8, "num_conv_group": 2}
@@ -70,6 +70,10 @@ def test_what_cannot_be_honoured_is_named(arguments, message):
         (
             {"backbone": ViTConfig(32, 8, 3, 16, 2, 2), "adapter": AdapterConfig(reduction=4, first_block=2)},
             "less than 2 blocks",
+        ),
+        (
+            {"head": AVEConfig(vggish=True), "spectrogram": SpectrogramConfig(sample_rate=44100)},
+            r"head\.vggish: expected its own spectrogram\.sample_rate of 16000, got 44100",
         ),
     ],
 )

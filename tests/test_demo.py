@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lavish_fast import Model, checkpoint, demos, pretrain, synthetic, tasks
-from lavish_fast.config import MODALITIES
+from lavish_fast import Model, checkpoint, demos, pretrain, synthetic, tasks, training
+from lavish_fast.config import MODALITIES, TASKS
 from lavish_fast.demos import ave, avs
 
 SHARES = {"perfect_senses", "chance"}
@@ -42,6 +43,7 @@ def test_the_demo_leaves_what_it_promises(small, tmp_path):
         assert (numbers["perfect_senses"], numbers["chance"]) == (senses[modality], senses["chance"])
     page = (out / "report.html").read_text()
     assert page.count("<img") == 1 + 3, "the curves, and a picture for each clip"
+    assert re.search(f"<figcaption>loss and validation (segment )?{demo.SCORE} by epoch</figcaption>", page)
     assert demo.TITLE in page
     assert all(html.escape(note) in page for note in demo.NOTES)
     config = tasks.load(small).settle(demo.CONFIG, out / "data")
@@ -66,6 +68,24 @@ def test_the_demo_does_not_touch_other_folders(tmp_path):
             demos.run("avs", tmp_path, seed=0, console=Console(quiet=True))
         assert [file.read_text() for file in (tmp_path / "data").iterdir()] == ["dear"]
         (tmp_path / "data" / name).unlink()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_interrupted_demo_starts_again(monkeypatch, tmp_path, task):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    def run():
+        with pytest.raises(KeyboardInterrupt):
+            demos.run(task, tmp_path, seed=1, console=Console(quiet=True))
+
+    monkeypatch.setattr(synthetic, "write_clips", interrupt)
+    run()
+    report = tasks.load(task).verify(tmp_path / "data", demos.load(task).CONFIG)
+    assert (report.ok, report.splits) == (False, {}), "it is no data set yet"
+    monkeypatch.setattr(synthetic, "write_clips", lambda *args, **options: None)
+    monkeypatch.setattr(training, "fit", interrupt)
+    run()  # as far as to the training
 
 
 def test_the_shipped_backbone_knows_shapes():

@@ -1,6 +1,7 @@
 """Extracted frames and sound against the videos that they are of."""
 
 import os
+import shutil
 import wave
 from pathlib import Path
 
@@ -79,15 +80,97 @@ def test_what_a_kill_leaves_is_done_again(tmp_path, monkeypatch):
         patch.setattr(extraction, "write_wav", killed)
         with pytest.raises(KeyboardInterrupt):
             run(extraction.plan("ave", tmp_path, config))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "frames" / "some").iterdir()}
+    before = sorted(os.listdir(tmp_path / "frames" / "some"))
     assert before
     assert ave._find_media(tmp_path) == {"some": Path(video)}
     (tmp_path / "frames" / ".some.part").mkdir()
     (tmp_path / "frames" / ".some.part" / "000009.jpg").write_bytes(b"half a pic")
     run(extraction.plan("ave", tmp_path, config))
     assert os.listdir(tmp_path / "frames") == ["some"]
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "frames" / "some").iterdir()} == before
+    assert sorted(os.listdir(tmp_path / "frames" / "some")) == before
     assert extraction.plan("ave", tmp_path, config).done == 1
+
+
+def test_what_an_interrupted_download_leaves_is_replaced(tmp_path, monkeypatch):
+    video = encode(tmp_path / "some.mp4", film(2), tone(700, 2, 16000))
+    config = tiny_config(frames=2)
+    frames, wav = tmp_path / "frames" / "some", tmp_path / "audio" / "some.wav"
+    frames.mkdir(parents=True)
+    # Some pictures, and no sound.
+    (frames / "000009.jpg").write_bytes(b"half a pic")
+
+    remove = shutil.rmtree
+
+    def killed(path, *_, **options):
+        if not options:  # what is left of an earlier run may be removed
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    for module, name in ((shutil, "rmtree"), (os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(extraction.plan("ave", tmp_path, config))
+        assert extraction.plan("ave", tmp_path, config).videos == (Path(video),)
+    run(extraction.plan("ave", tmp_path, config))
+    whole = sorted(os.listdir(frames))
+    assert whole[:3] == ["000001.jpg", "000002.jpg", "000003.jpg"]
+    assert "000009.jpg" not in whole
+    assert os.listdir(tmp_path / "frames") == ["some"]
+    assert wav.is_file()
+    assert extraction.plan("ave", tmp_path, config).done == 1
+
+    # No pictures, and the data set's own sound.
+    for path in frames.iterdir():
+        path.unlink()
+    (frames / "list.txt").write_text("no picture")
+    wav.write_bytes(b"its own")
+    for task in ("ave", "avqa"):
+        assert extraction.plan(task, tmp_path, config).videos == (Path(video),)
+    run(extraction.plan("ave", tmp_path, config))
+    assert sorted(os.listdir(frames)) == whole
+    assert wav.read_bytes() == b"its own"
+    assert extraction.plan("ave", tmp_path, config).done == 1
+
+
+def test_of_s4_what_is_whole_is_kept_and_what_is_not_is_replaced(tmp_path):
+    (tmp_path / "s4_meta_data.csv").write_text("name,start,category,split\ndog,0,dog,val")
+    video = tmp_path / "raw_videos" / "val" / "dog" / "dog.mp4"
+    video.parent.mkdir(parents=True)
+    encode(video, film(3), noisy(500, 3, 16000))
+    frames, wav = avs_data.frames_and_wav(tmp_path / "s4_data", Path("val/dog/dog"))
+    config = avs_config()  # three frames
+    own = {f"dog_{i}.png": b"its own" for i in (1, 2, 3)}
+
+    def write(pictures):
+        frames.mkdir(parents=True, exist_ok=True)
+        for path in frames.iterdir():
+            path.unlink()
+        for name, content in pictures.items():
+            (frames / name).write_bytes(content)
+
+    def plan():
+        return extraction.plan("avs", tmp_path, config)
+
+    wav.parent.mkdir(parents=True)
+    wav.write_bytes(b"its own")
+    for pictures in ({}, {"dog_1.png": b"its own"}, own | {"dog_1.jpg": b"again"}):
+        write(pictures)
+        assert (plan().videos, plan().done) == ((video,), 0)
+        run(plan())
+        assert sorted(os.listdir(frames)) == list(own)
+        assert all(Image.open(frames / name).size == (32, 32) for name in own)
+        assert wav.read_bytes() == b"its own"
+        assert (plan().videos, plan().done) == ((), 1)
+    write(own)
+    wav.unlink()
+    assert plan().videos == (video,)
+    run(plan())
+    assert {path.name: path.read_bytes() for path in frames.iterdir()} == own
+    assert wav.read_bytes().startswith(b"RIFF")
+    (frames / "dog_3.png").unlink()
+    video.unlink()
+    assert plan().missing == ("dog",)
 
 
 def test_a_silent_video_stays_silent_and_a_broken_one_leaves_nothing(tmp_path):

@@ -222,7 +222,7 @@ def test_report_is_one_file_with_everything_escaped(tmp_path):
         ],
         clips=[(name, figure, f'"{name}"'), ("plain", PNG, "")],
         notes=[name],
-        curves=figure,
+        curves=(figure, "loss and mIoU"),
     )
     text = path.read_text(encoding="utf-8")
     page = Page(text)
@@ -237,7 +237,7 @@ def test_report_is_one_file_with_everything_escaped(tmp_path):
     assert classes == [None, "number", "number", "number", "number"]
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert all(image["src"].startswith("data:image/png;base64,iVBORw0KGgo") for image in images)
-    assert [image["alt"] for image in images[1:]] == [f'"{name}"', ""]
+    assert [image["alt"] for image in images] == ["loss and mIoU", f'"{name}"', ""]
     # Nothing is fetched from anywhere.
     for _, attributes in page.tags:
         assert not {"href", "srcset", "onload"} & set(attributes)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -436,7 +437,7 @@ def test_the_fast_form_under_distributed_data_parallel(tmp_path):
     assert all(rank["outcome"].tolist() == pytest.approx(expected, rel=1e-6) for rank in ranks)
 
 
-def test_unreadable_clips_are_reported_and_skipped(tmp_path):
+def test_unreadable_clips_are_reported_and_skipped(tmp_path, monkeypatch):
     train, val = make_clips(4), make_clips(2, seed=1)
     other = ValueError("other.mp4: truncated")
     with pytest.warns(UserWarning, match="skipped") as caught:
@@ -449,7 +450,12 @@ def test_unreadable_clips_are_reported_and_skipped(tmp_path):
     assert done.steps == 6
 
     result = evaluate(make_model(), [BAD, *val], batch_size=1)
-    assert (result.scores["total"], result.skipped) == (2 * SECONDS, (str(BAD),))
+    assert (result.scores["total"], result.clips, result.skipped) == (2 * SECONDS, 2, (str(BAD),))
+    # One file may be that of several clips.
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "time", SimpleNamespace(perf_counter=iter((3.0, 7.0)).__next__))
+        result = evaluate(make_model(), [BAD, *val, BAD, BAD], batch_size=2)
+    assert (result.clips, result.skipped, result.clips_per_second) == (2, (str(BAD),), 2 / 4)
     for data in ([BAD], []):
         with pytest.raises(ValueError, match="evaluation: expected a clip that can be read"):
             evaluate(make_model(), data)
@@ -457,6 +463,15 @@ def test_unreadable_clips_are_reported_and_skipped(tmp_path):
         fit(make_model(), [BAD], val, settings(), tmp_path / "none")
     with pytest.raises(ValueError, match="train set: expected clips"):
         fit(make_model(), [], val, settings(), tmp_path / "none")
+
+
+def test_clips_without_sound_come_out_of_the_workers(tmp_path):
+    train, val = make_clips(3), make_clips(2, seed=1)
+    train, val = ([clip | {"silent": i > 0} for i, clip in enumerate(clips)] for clips in (train, val))
+    done = fit(make_model(), train, val, settings(epochs=2, workers=2), tmp_path)
+    assert sorted(done.silent) == ["clip0_1", "clip0_2", "clip1_1"]
+    assert evaluate(make_model(), val, workers=1).silent == ("clip1_1",)
+    assert evaluate(make_model(), make_clips(1)).silent == ()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -469,8 +484,29 @@ def test_non_finite_probabilities_name_the_clips_and_take_no_step(tmp_path, valu
     with pytest.raises(FloatingPointError, match=r"^clip0_1: expected finite outputs"):
         fit(model, data, data[:1], settings(batch_size=3, on_nan="stop"), tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in model.trainable_parameters())
-    with pytest.raises(FloatingPointError, match="clip0_1"):
-        evaluate(model, data)
+    with pytest.raises(FloatingPointError, match=r"^clip0_1: expected"):
+        evaluate(model.train(), data)
+    assert model.training, "its mode is the caller's"
+
+
+def test_sync_batch_norm_is_refused_for_several_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_join", lambda device: (0, 2))
+    model, data = torch.nn.SyncBatchNorm.convert_sync_batchnorm(make_model()), make_clips(1)
+    with pytest.raises(ValueError, match="expected BatchNorm of one process each, got SyncBatchNorm"):
+        fit(model, data, data, settings(), tmp_path)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_validation_leaves_clips_with_nan_out(tmp_path, batch_size):
+    data = make_clips(3)
+    bad = [*data[:1], data[1] | {"video": torch.full_like(data[1]["video"], float("nan"))}, *data[2:]]
+    model, line = make_model(), "clip0_1: expected finite outputs, got NaN or infinity"
+    found = evaluate(model, bad, batch_size=batch_size, on_nan="skip")
+    assert found.scores == evaluate(model, [data[0], data[2]]).scores
+    assert (found.skipped, found.clips, list(found.predictions)) == ((line,), 2, ["clip0_0", "clip0_2"])
+    with pytest.warns(UserWarning, match=f"skipped {line}"):
+        done = fit(model, data, bad, settings(epochs=2), tmp_path)
+    assert (done.epochs, done.skipped) == (2, (line,))
 
 
 def test_a_step_with_nan_is_skipped_and_named(tmp_path):

@@ -2,8 +2,8 @@
 
 LAVISH compares its ViTs with a ResNet-152 and has no released code for it. Our reading: the adapters stand behind each
 stage of bottlenecks, whose map is the stream, one place a stage: X <- stage(X), then X <- X + LAV(X, Y). In terms of
-`Block` a stream enters a block through the whole stage, and the block's branches are zero. There is one place, p1;
-with adapters at p2 a second step of the same kind would follow.
+`Block` a stream enters a block through the whole stage, and the block's branches are zero. There is one place, p1:
+a configuration with adapters at p2 is refused.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lavish_fast.commands import terminal, watch
-from lavish_fast.commands.options import Backbone, Checkpoint, Videos
+from lavish_fast.commands.options import Backbone, Checkpoint, VGGish, Videos
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -30,6 +30,7 @@ def localize(
         "localize"
     ),
     backbone: Backbone = None,
+    vggish: VGGish = None,
 ) -> None:
     """Name the event in each second of videos.
 
@@ -39,7 +40,7 @@ def localize(
     from lavish_fast import plots
 
     files = watch.find(videos)
-    model = watch.ready(watch.load_model(checkpoint, backbone, "ave"))
+    model = watch.ready(watch.load_model(checkpoint, backbone, "ave", vggish))
     config = model.config
 
     def show(file: Path, clip: Clip, place: Path, bar: Progress) -> list[dict[str, Any]]:

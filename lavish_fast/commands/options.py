@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -40,6 +40,7 @@ Amp = Annotated[
     Literal["bf16", "fp16"] | None, typer.Option(help="bfloat16, or float16 with loss scaling in training.")
 ]
 Workers = Annotated[int, typer.Option(help="Processes that decode.")]
+Fold = Annotated[int, typer.Option(min=1, max=3, help="action: which of UCF101's three splits.")]
 
 # Of training
 
@@ -78,3 +79,12 @@ OnNan = Annotated[Literal["skip", "stop"], typer.Option(help="What to do with a 
 Checkpointing = Annotated[
     bool, typer.Option("--checkpointing", help="Run blocks again in the backward pass, for less memory.")
 ]
+
+
+def of_data(task: str, fold: int) -> dict[str, Any]:
+    """What the data set of a task takes besides: of action, the fold."""
+    if task == "action":
+        return {"fold": fold}
+    if fold != 1:
+        raise typer.BadParameter(f"expected it with action alone, got {task}", param_hint="--fold")
+    return {}

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lavish_fast.commands import terminal
-from lavish_fast.commands.options import PRESETS, TaskName
+from lavish_fast.commands import options, terminal
 from lavish_fast.config import Config
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ _SOURCES = {
 
 
 def prepare(
-    dataset: Annotated[TaskName, typer.Argument(metavar="DATASET", help="ave, avs, avqa or action.")],
+    dataset: Annotated[options.TaskName, typer.Argument(metavar="DATASET", help="ave, avs, avqa or action.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", file_okay=False, help="Where it was downloaded to.")],
     decode: Annotated[bool, typer.Option("--decode", help="Also try every file, and count silent ones.")] = False,
     extract: Annotated[
@@ -33,6 +32,7 @@ def prepare(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that decode.", show_default="one a CPU core")
     ] = None,
+    fold: options.Fold = 1,
 ) -> None:
     """Say what a downloaded data set lacks; the exit code is 1 when training would not see all of it.
 
@@ -59,7 +59,8 @@ def prepare(
         raise typer.BadParameter(
             "expected ave, avs or avqa, got action, whose videos are read as they are", param_hint="--extract"
         )
-    module, config = tasks.load(dataset), Config.from_preset(PRESETS[dataset])
+    of_data = options.of_data(dataset, fold)
+    module, config = tasks.load(dataset), Config.from_preset(options.PRESETS[dataset])
     with suppress(OSError, ValueError):  # the report says it
         config = module.settle(config, folder)
     console = terminal.console()
@@ -73,27 +74,32 @@ def prepare(
             tried = done
             bar.update(task, completed=done, total=total)
 
-        report = module.verify(folder, config, decode=decode, workers=workers, progress=progress)
-    _print_report(console, report, "questions" if dataset == "avqa" else "clips")
+        report = module.verify(folder, config, decode=decode, workers=workers, progress=progress, **of_data)
+    columns = ("questions", "videos without media") if dataset == "avqa" else ("clips", "without media")
+    _print_report(console, report, columns)
     if decode:
         console.print(f"{tried} clips tried, {len(report.undecodable)} cannot be read")
     if not report.ok:
         console.print(_get(dataset), markup=False, soft_wrap=True)
     if bad or not report.ok:
         raise typer.Exit(1)
-    console.print("nothing is missing" + ("" if decode else "; --decode would also try every file"))
+    # A part of a data set, or another one, has all that its lists name and not all that is published.
+    found = "nothing is missing" if report.published else "every listed file is there"
+    console.print(found + ("" if decode else "; --decode would also try every file"))
 
 
 def _get(dataset: str) -> str:
     return f"to be had from {_SOURCES[dataset]}"
 
 
-def _print_report(console: Console, report: Any, entries: str) -> None:
+def _print_report(console: Console, report: Any, columns: tuple[str, str]) -> None:
     from rich.table import Table
 
     if report.splits:
+        if report.heading:
+            console.print(report.heading, markup=False, soft_wrap=True)
         table = Table("split")
-        for name in (entries, "without media"):
+        for name in columns:
             table.add_column(name, justify="right")
         for split, count in report.splits.items():
             missing = len(report.missing[split])

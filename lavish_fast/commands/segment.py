@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -64,6 +65,9 @@ def segment(
         plots.save(plots.masks(clip, masks, times, title=title), place.with_name(f"{place.name}.png"))
         pictures = media.denormalise(clip.video).numpy()
         place.mkdir(exist_ok=True)
+        for old in list(place.iterdir()):  # an earlier run's may be more
+            if re.fullmatch(r"\d{3,}(_mask)?\.png", old.name):
+                old.unlink()
         for i, (picture, mask) in enumerate(zip(pictures, masks.numpy())):
             _save_picture(plots.marked(picture, mask), place / f"{i:03}.png")
             _save_picture(mask, place / f"{i:03}_mask.png")

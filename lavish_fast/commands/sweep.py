@@ -44,6 +44,8 @@ def latents(
     preset: options.Preset = None,
     config: options.ConfigFile = None,
     backbone: options.Backbone = None,
+    vggish: options.VGGish = None,
+    fold: options.Fold = 1,
     modality: options.Modality = None,
     epochs: options.Epochs = None,
     patience: options.Patience = None,
@@ -90,8 +92,15 @@ def latents(
         on_nan=on_nan,
         checkpointing=checkpointing,
     )
-    chosen = configuration(task, data, preset=preset, path=config, backbone=backbone, modality=modality)
-    sets = {split: tasks.load(task).Dataset(data, split, chosen) for split in ("train", "val", "test")}
+    chosen = configuration(task, data, preset=preset, path=config, backbone=backbone, modality=modality, vggish=vggish)
+    if len(chosen.streams) < 2 or not chosen.adapter.cross_modal:
+        got = "adapter.cross_modal false" if len(chosen.streams) == 2 else chosen.modality
+        raise typer.BadParameter(
+            f"expected both streams, between which the latent tokens are, got {got}: all models would be the same",
+            param_hint="--modality / --config",
+        )
+    of_data = options.of_data(task, fold)
+    sets = {split: tasks.load(task).Dataset(data, split, chosen, **of_data) for split in ("train", "val", "test")}
     clip = _first_clip(sets["test"])
     with terminal.bad_usage(FileNotFoundError):
         weights = checkpoint.backbone_tensors(chosen.backbone_weights)
@@ -102,6 +111,9 @@ def latents(
         adapter = dataclasses.replace(chosen.adapter, latents=count)
         torch.manual_seed(seed)
         model = Model(dataclasses.replace(chosen, adapter=adapter)).load_backbone(weights)
+        if model.vggish is not None:
+            with terminal.bad_usage(FileNotFoundError):
+                model.load_vggish()
         resume = (folder / "last" / "state.safetensors").is_file()
         fit = training.fit(model, sets["train"], sets["val"], how, folder, resume=resume)
         scores = _kept_scores(folder, fit)
@@ -125,13 +137,15 @@ def latents(
         )
     if terminal.rank() == 0:
         name = next(iter(rows[0]["scores"]))
-        facts = {"task": task, "settings": dataclasses.asdict(how), "rows": rows}
+        facts = {"task": task} | of_data | {"settings": dataclasses.asdict(how), "rows": rows}
         checkpoint.write_text(out / "sweep.json", json.dumps(facts, indent=2) + "\n")
         figure = plots.latents(counts, [row["scores"][name] for row in rows], [row["gflops"] for row in rows], name)
         for suffix in ("png", "svg"):
             plots.save(figure, out / f"latents.{suffix}")
         console.print(_table(rows, name))
         console.print(f"{terminal.printable(out / 'latents.png')}", markup=False, soft_wrap=True)
+    if fit.silent:
+        console.print(f"{len(fit.silent)} clips without sound, read as silence")
     skipped = list(dict.fromkeys(line for row in rows for line in row["skipped"]))
     if skipped:
         console.print(f"{len(skipped)} files could not be read and were left out")

@@ -67,7 +67,7 @@ def progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def facts_table(facts: Mapping[str, str], title: str | None = None) -> Table:
+def facts_table(facts: Mapping[str, Any], title: str | None = None) -> Table:
     """A table of two columns."""
     from rich.table import Table
     from rich.text import Text

@@ -26,6 +26,7 @@ def train(
     config: options.ConfigFile = None,
     backbone: options.Backbone = None,
     vggish: options.VGGish = None,
+    fold: options.Fold = 1,
     modality: options.Modality = None,
     epochs: options.Epochs = None,
     patience: options.Patience = None,
@@ -71,7 +72,8 @@ def train(
         checkpointing=checkpointing,
     )
     chosen = configuration(task, data, preset=preset, path=config, backbone=backbone, modality=modality, vggish=vggish)
-    sets = [tasks.load(task).Dataset(data, split, chosen) for split in ("train", "val")]
+    of_data = options.of_data(task, fold)
+    sets = [tasks.load(task).Dataset(data, split, chosen, **of_data) for split in ("train", "val")]
     torch.manual_seed(seed)
     with terminal.bad_usage(FileNotFoundError):
         model = Model(chosen).load_backbone()
@@ -83,6 +85,8 @@ def train(
     console.print(f"{best}: {terminal.printable(out / 'best')}", markup=False, soft_wrap=True)
     if fit.skipped:
         console.print(f"{len(fit.skipped)} files could not be read and were left out")
+    if fit.silent:
+        console.print(f"{len(fit.silent)} clips without sound, read as silence")
 
 
 def settings(task: str, **given: Any) -> TrainConfig:
@@ -140,10 +144,15 @@ def evaluate(
     rule: Annotated[
         Literal["argmax", "cmbs"], typer.Option(help="How probabilities become events; cmbs: one event a clip.")
     ] = "argmax",
+    official_batch: Annotated[
+        int | None, typer.Option(min=1, help="avs: also AVSBench's own F-score, at this batch size.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder for evaluate.json and predictions.jsonl.")
     ] = None,
     backbone: options.Backbone = None,
+    vggish: options.VGGish = None,
+    fold: options.Fold = 1,
     batch_size: options.BatchSize = TrainConfig.batch_size,
     amp: options.Amp = None,
     workers: options.Workers = TrainConfig.workers,
@@ -154,9 +163,10 @@ def evaluate(
     """
     from lavish_fast import tasks, training
 
-    model = watch.load_model(checkpoint, backbone, task)
+    of_data = options.of_data(task, fold)
+    model = watch.load_model(checkpoint, backbone, task, vggish)
     module = tasks.load(task)
-    clips = module.Dataset(data, split, model.config)
+    clips = module.Dataset(data, split, model.config, **of_data)
     with terminal.bad_usage(ValueError):
         TrainConfig(batch_size=batch_size, workers=workers)  # for its checks alone
     metric = None
@@ -164,16 +174,22 @@ def evaluate(
         if task != "ave":
             raise typer.BadParameter(f"expected it with ave alone, got {task}", param_hint="--rule")
         metric = module.Metric(rule)
+    if official_batch is not None:
+        if task != "avs":
+            raise typer.BadParameter(f"expected it with avs alone, got {task}", param_hint="--official-batch")
+        metric = module.Metric(official_batch, [row.name for row in clips.rows])
     result = training.evaluate(model, clips, batch_size=batch_size, metric=metric, amp=amp, workers=workers)
     if terminal.rank() == 0:
         for line in result.skipped:
             terminal.say_error(line)
-        how = {"split": split} | ({"rule": rule} if task == "ave" else {})
+        how = {"split": split} | of_data | ({"rule": rule} if task == "ave" else {})
         facts = {name: f"{x}" if isinstance(x, int) else f"{x:.2%}" for name, x in result.scores.items()}
         facts |= {
-            "clips": f"{len(clips) - len(result.skipped)} of {len(clips)}",
+            "clips": f"{result.clips} of {len(clips)}",
             "clips/s": f"{result.clips_per_second:.1f}",
         }
+        if task == "action":
+            facts["without sound"] = f"{len(result.silent)} clips, read as silence"
         terminal.console().print(terminal.facts_table(how | facts))
         if out:
             _write_evaluation(out, result, model.config, how)
@@ -181,12 +197,14 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _write_evaluation(out: Path, result: Evaluation, config: Config, how: dict[str, str]) -> None:
+def _write_evaluation(out: Path, result: Evaluation, config: Config, how: dict[str, Any]) -> None:
     from lavish_fast import checkpoint
     from lavish_fast.tasks import ave
 
     facts = {"task": config.task} | how | {"scores": dict(result.scores)}
     facts |= {"skipped": result.skipped, "clips_per_second": result.clips_per_second}
+    if config.task == "action":
+        facts["silent"] = result.silent
     checkpoint.write_text(out / "evaluate.json", json.dumps(facts, indent=2) + "\n")
     lines = []
     for name, kept in result.predictions.items():

@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 TOP = 5  # answers or actions that are shown
 
 
-def load_model(checkpoint: Path, backbone: str | None, task: str) -> Model:
+def load_model(checkpoint: Path, backbone: str | None, task: str, vggish: Path | None = None) -> Model:
     """The trained model, on a CPU."""
     from lavish_fast.model import Model
 
     with terminal.bad_usage(FileNotFoundError):
-        model = Model.from_pretrained(checkpoint, backbone=backbone)
+        model = Model.from_pretrained(checkpoint, backbone=backbone, vggish=vggish)
     if model.config.task != task:
         raise typer.BadParameter(
             f"expected a model for {task}, got one for {model.config.task}", param_hint="--checkpoint"
         )
+    if vggish is not None and model.vggish is None:
+        raise typer.BadParameter("expected it for a model with VGGish beside, got one without", param_hint="--vggish")
     return model
 
 

@@ -123,7 +123,7 @@ def run(task: str, out: Path, *, seed: int, console: Console) -> None:
         summary_rows=rows,
         clips=clips,
         notes=[f"{sizes}; {seconds:.0f} s; seed {seed}.", *demo.NOTES],
-        curves=plots.training_curves(history),
+        curves=(plots.training_curves(history), f"loss and validation {score} by epoch"),
     )
     single = max(results["video"].score, results["audio"].score)
     console.print(

@@ -39,6 +39,8 @@ NOTES = (
     "'perfect senses' is what a model reaches that recognises everything in the streams it has. Whoever only sees "
     "does best to mask the solid object, which sounds in two of three clips; whoever only hears knows nothing of "
     "where. 'chance' is the best mask that is the same for all frames.",
+    "What is only heard tells how often a pixel is masked, at most in a quarter of the frames: no probability is above "
+    "0.5, nothing is marked, and the sound alone scores 0.0 % mIoU, less than chance.",
     "The frozen backbone was trained on drawn pictures alone, to name one shape a picture; it had never seen a mask "
     "or a spectrogram.",
 )

@@ -123,13 +123,12 @@ def write_dataset(
     # The index is written last: where it stands, the videos that it names are complete.
     index_file = root / "Annotations.txt"
     index_file.unlink(missing_ok=True)
-    synthetic.write_clips(partial(_write_clip, videos, seed), total, workers=workers, progress=progress)
-
     clips = [plan_clip(seed, index) for index in range(total)]
+    synthetic.write_lines(root / TRUTH, (json.dumps(asdict(clip)) for clip in clips))
+    synthetic.write_clips(partial(_write_clip, videos, seed), total, workers=workers, progress=progress)
     rest = iter(clips)
     for split, size in sizes.items():
         synthetic.write_lines(_split_file(root, split), (next(rest).row for _ in range(size)))
-    synthetic.write_lines(root / TRUTH, (json.dumps(asdict(clip)) for clip in clips))
     synthetic.write_lines(index_file, (clip.row for clip in clips))
     return root
 

@@ -95,9 +95,9 @@ def write_dataset(
     files = {split: root / f"avqa-{split}.json" for split in sizes}
     for path in files.values():
         path.unlink(missing_ok=True)
+    synthetic.write_lines(root / TRUTH, (json.dumps(asdict(clip)) for clip in clips))
     write = partial(_write_clip, root / "videos", seed, clips)
     synthetic.write_clips(write, len(clips), workers=workers, progress=progress)
-    synthetic.write_lines(root / TRUTH, (json.dumps(asdict(clip)) for clip in clips))
     entries = _entries(clips)
     for split, path in files.items():
         rows = [next(entries) for clip in clips if clip.split == split for _ in clip.questions]

@@ -112,9 +112,9 @@ def write_dataset(
     # The index is written last: where it stands, the clips that it names are complete.
     index_file = root / "s4_meta_data.csv"
     index_file.unlink(missing_ok=True)
+    synthetic.write_lines(root / TRUTH, (json.dumps(asdict(clip)) for clip in clips))
     write = partial(_write_clip, root / "s4_data", seed, clips)
     synthetic.write_clips(write, len(clips), workers=workers, progress=progress)
-    synthetic.write_lines(root / TRUTH, (json.dumps(asdict(clip)) for clip in clips))
     rows = (f"{clip.id},0,{clip.category},{clip.split}" for clip in clips)
     synthetic.write_lines(index_file, ["name,start,category,split", *rows])
     return root

@@ -10,8 +10,8 @@ What the rest of the package calls in each of them:
 - `loss(outputs, labels)`: a scalar, the mean over the labels' entries.
 - `Metric`: `update(outputs, labels, ids)`, `merge(other)`, `results()`, by name, that which selects a model first.
 - `kept(outputs, clips)`: what evaluation keeps of each clip, a tensor with a row for each.
-- `Dataset(root, split, config)`: items are dicts with the model's arguments by name, "labels" and "id", or the
-  `media.MediaError` of a clip that cannot be read; `metric()` makes its `Metric`.
+- `Dataset(root, split, config)`: items are dicts with the model's arguments by name, "labels" and "id", perhaps
+  "silent", or the `media.MediaError` of a clip that cannot be read; `metric()` makes its `Metric`.
 - `settle(config, root)`: the configuration with what the data set fixes. `verify(root, config)`: a `Report`, with
   `decode=True` of every file too; its `progress` is called with the files tried and the files in all.
 - `HEAD_NAMES`: dotted prefixes of the head's tensors in the released state dict, and ours below "head."; None for
@@ -101,16 +101,24 @@ class Batch:
     """B clips side by side; B is 0 when none could be read.
 
     inputs: the model's arguments by name, (B, ...) each. labels: (B, ...). ids: of the clips.
-    failed: one line for each clip that could not be read, naming file and reason.
+    failed: one line for each clip that could not be read, naming file and reason. silent: ids of the clips that are
+    said to be without sound.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     ids: tuple[str, ...]
     failed: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def only(self, chosen: Sequence[bool]) -> Batch:
+        """The batch without the clips that are not chosen."""
+        kept = torch.tensor(chosen, device=self.labels.device)
+        ids = tuple(name for name, is_chosen in zip(self.ids, chosen) if is_chosen)
+        return replace(self._with(lambda x: x[kept]), ids=ids)
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on another device."""
@@ -132,9 +140,10 @@ def collate(items: Iterable[dict[str, Any] | MediaError]) -> Batch:
         failed.append(str(item)) if isinstance(item, Exception) else clips.append(item)
     if not clips:
         return Batch({}, torch.empty(0), (), tuple(failed))
-    stacked = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0] if name != "id"}
+    stacked = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0] if name not in ("id", "silent")}
     labels = stacked.pop("labels")
-    return Batch(stacked, labels, tuple(clip["id"] for clip in clips), tuple(failed))
+    silent = tuple(clip["id"] for clip in clips if clip.get("silent"))
+    return Batch(stacked, labels, tuple(clip["id"] for clip in clips), tuple(failed), silent)
 
 
 class Clips(torch.utils.data.Dataset):
@@ -193,7 +202,7 @@ class Report:
 
     splits: rows per split. missing: per split, the clips that lack files. undecodable: a line for each file that does
     not decode. problems: sentences, each a reason why training would not see the whole data set. notes: what to know
-    besides.
+    besides. published: whether there are as many rows and classes as in the data set that results are published of.
     """
 
     splits: Mapping[str, int]
@@ -201,6 +210,7 @@ class Report:
     undecodable: tuple[str, ...]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    published: bool
 
     @property
     def heading(self) -> str:

@@ -234,9 +234,9 @@ class Dataset(tasks.Clips):
         cache: keep decoded clips in memory, in each process that reads them (10 MB a clip of 16 frames of 224 pixels).
         fold: 1, 2 or 3.
 
-    An item is a dict: audio (1 or T, frames, mel bins) and video (T, 3, S, S) float32, labels () int64, id. For a clip
-    that cannot be read it is the `media.MediaError` instead. A clip without sound is silent; `silent` has the ids of
-    those read by this process, and there is one warning.
+    An item is a dict: audio (1 or T, frames, mel bins) and video (T, 3, S, S) float32, labels () int64, id, and silent,
+    whether the clip has no sound and is read as silence. For a clip that cannot be read it is the `media.MediaError`
+    instead.
 
     Raises: FileNotFoundError or ValueError naming the file, what was expected and what came.
     """
@@ -256,23 +256,19 @@ class Dataset(tasks.Clips):
         classes = classes_of(self.root)
         if problem := _class_problem(classes, config):
             raise ValueError(f"{self.root}: {problem}")
+        self.fold = fold
         self.rows = tuple(row for row in read_splits(self.root, classes, fold)[split] if row.id not in skip)
-        self.silent: set[str] = set()
 
     def item(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         clip = self.kept(row.id, lambda: self._read(row))
         label = torch.tensor(self.config.classes.index(row.category))
-        return {"audio": clip.audio, "video": clip.video, "labels": label, "id": row.id}
+        return {"audio": clip.audio, "video": clip.video, "labels": label, "id": row.id, "silent": clip.silent}
 
     def _read(self, row: Row) -> Clip:
         from lavish_fast.media import SILENCE, load_clip
 
         clip = load_clip(_media_path(self.root, row), **media_options(self.config), antialias=self.antialias)
-        if clip.silent and not self.silent:
-            warnings.warn(f"{self.root}: has clips without sound, {SILENCE} (first {row.id})", stacklevel=3)
-        if clip.silent:
-            self.silent.add(row.id)
         for message in clip.warnings:
             if not message.endswith(SILENCE):
                 warnings.warn(message, stacklevel=3)
@@ -362,11 +358,14 @@ def verify(
         sources = {(row.category, row.group) for row in splits[b] if row.group is not None}
         if near := [row.id for row in splits[a] if (row.category, row.group) in sources]:
             notes.append(f"{len(near)} clips of {a} are of a group that is also in {b}: {some(near)}")
-    if config.classes == UCF101_CLASSES:
+    published = config.classes == UCF101_CLASSES
+    if published:
         train, test = _UCF101_LISTS[fold]
         sizes = {"classes": (101, len(classes)), "train list": (train, listed.get("train", 0))}
         sizes |= {"test list": (test, listed.get("test", 0)), "clips": (_UCF101_CLIPS, sum(listed.values()))}
-        notes += [f"{name}: UCF101 has {ucf}, got {got}" for name, (ucf, got) in sizes.items() if ucf != got]
+        others = [f"{name}: UCF101 has {ucf}, got {got}" for name, (ucf, got) in sizes.items() if ucf != got]
+        notes += others
+        published = not others
     sizes = {split: len(rows) for split, rows in splits.items()}
     return Report(
         sizes,
@@ -374,6 +373,7 @@ def verify(
         undecodable,
         tuple(problems),
         tuple(notes),
+        published,
         classes=len(classes),
         fold=fold,
         silent=None if silent is None else tuple(silent),

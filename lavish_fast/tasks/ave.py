@@ -370,12 +370,15 @@ def verify(
         notes.append(f"{len(void)} rows have start >= end, so that all is background: {some(void)}")
     if late := [row.video_id for row in annotations if row.end > config.frames]:
         notes.append(f"{len(late)} rows end after second {config.frames}: {some(late)}")
-    if config.classes == AVE_CLASSES:
+    published = config.classes == AVE_CLASSES
+    if published:
         sizes = {"Annotations.txt": (_AVE_ROWS, len(annotations))}
         sizes |= {split: (_AVE_SPLITS[split], len(indices)) for split, indices in splits.items()}
-        notes += [f"{name}: AVE has {ave} rows, got {got}" for name, (ave, got) in sizes.items() if ave != got]
+        others = [f"{name}: AVE has {ave} rows, got {got}" for name, (ave, got) in sizes.items() if ave != got]
+        notes += others
+        published = not others
     sizes = {split: len(indices) for split, indices in splits.items()}
-    found = (sizes, missing, undecodable, tuple(problems), tuple(notes))
+    found = (sizes, missing, undecodable, tuple(problems), tuple(notes), published)
     return Report(*found, rows=len(rows), header=header, duplicates=duplicates, shared=shared)
 
 
@@ -500,10 +503,11 @@ def find_videos(root: Path) -> dict[str, Path]:
 
 
 def _find_media(root: Path) -> dict[str, Path]:
-    """By video id: the folder of frames that has a wav file, or else the video file."""
+    """By video id: the folder that has frames and a wav file, or else the video file."""
     found, frames = find_videos(root), root / "frames"
     if frames.is_dir():
-        found |= {path.name: path for path in frames.iterdir() if _wav_path(path).is_file()}
+        folders = (path for path in frames.iterdir() if _wav_path(path).is_file() and any(path.glob("*")))
+        found |= {path.name: path for path in folders}
     return found
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lavish_fast.media import Clip
 
 # Questions of MUSIC-AVQA in json/, which the published results are of, and in json_update/; its vocabulary and answers.
-_SIZES = {"val": (4595, 4568), "test": (9185, 9129)}
+_SIZES = {"train": (32087, None), "val": (4595, 4568), "test": (9185, 9129)}
 _WORDS, _ANSWERS = 93, 42
 FRAME_RATE = 1.0  # frames a second that MUSIC-AVQA extracts
 _TRIES = 8  # at reading a negative frame, where files are broken
@@ -120,7 +120,7 @@ class Dataset(tasks.Clips):
 
     def _negative(self, video_id: str, index: int) -> Tensor:
         """(T, 3, S, S) of other videos."""
-        from lavish_fast import media
+        from lavish_fast import decoding, media
 
         generator = torch.Generator().manual_seed(index)
         others = [i for i in self._others if i != video_id]
@@ -133,8 +133,8 @@ class Dataset(tasks.Clips):
             return choices[int(torch.randint(len(choices), (), generator=generator))]
 
         def picture() -> Tensor:
-            image = draw(media._images(self._path(draw(others))))
-            return media.resize(media._read_image(image), size, self.antialias)
+            image = draw(decoding.list_images(self._path(draw(others))))
+            return media.resize(decoding.read_image(image), size, self.antialias)
 
         if self._path(others[0]).is_dir():
             return torch.stack([_first_readable(picture) for _ in range(frames)])
@@ -208,7 +208,7 @@ def verify(
     """Looks through a data set before training.
 
     Words and answers are checked against those of avqa-train.json: `settle` gives the model just these. Sizes other
-    than MUSIC-AVQA's own are noted when the vocabulary and the answers are as many as MUSIC-AVQA's.
+    than MUSIC-AVQA's own are noted, of the vocabulary and the answers too.
 
     Args:
         decode: also decode every file, in `workers` processes, by default one a CPU core.
@@ -219,6 +219,7 @@ def verify(
     root = Path(root)
     problems: list[str] = []
     notes: list[str] = []
+    others: list[str] = []  # than the published sizes
     questions: dict[str, list[Question]] = {}
     for split in SPLITS:
         try:
@@ -246,12 +247,15 @@ def verify(
         counts = Counter(q.question_id for q in rows)
         if twice := [str(i) for i, count in counts.items() if count > 1]:
             problems.append(f"{split}: {len(twice)} question ids come more than once: {some(twice)}")
-        if len(words) == _WORDS and len(known) == _ANSWERS and split in _SIZES:
-            published, updated = _SIZES[split]
-            if len(rows) == updated:
-                notes.append(f"{split}: {updated} questions are of json_update/; published results are of {published}")
-            elif len(rows) != published:
-                notes.append(f"{split}: MUSIC-AVQA has {published} questions, got {len(rows)}")
+        published, updated = _SIZES[split]
+        if len(rows) == updated:
+            others.append(f"{split}: {updated} questions are of json_update/; published results are of {published}")
+        elif len(rows) != published:
+            others.append(f"{split}: MUSIC-AVQA has {published} questions, got {len(rows)}")
+    if "train" in questions:
+        sizes = {"words": (_WORDS, len(words)), "answers": (_ANSWERS, len(known))}
+        others += [f"MUSIC-AVQA has {n} {name}, got {got}" for name, (n, got) in sizes.items() if n != got]
+    notes += others
     ids = {split: list(dict.fromkeys(q.video_id for q in rows)) for split, rows in questions.items()}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         if both := sorted(set(ids.get(a, ())) & set(ids.get(b, ()))):
@@ -271,7 +275,7 @@ def verify(
         notes += found.notes
     problems += undecodable
     sizes = {split: len(rows) for split, rows in questions.items()}
-    return tasks.Report(sizes, missing, undecodable, tuple(problems), tuple(notes))
+    return tasks.Report(sizes, missing, undecodable, tuple(problems), tuple(notes), not others)
 
 
 def _first_readable(read: Callable[[], Any]) -> Any:

@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ META = "s4_meta_data.csv"
 MASK_THRESHOLD = 128  # of 255
 
 _SIZES = {"train": 3452, "val": 740, "test": 740}  # of S4
+_CATEGORIES = 23
 _FRAMES, _MASKS, _AUDIO = "visual_frames", "gt_masks", "audio_wav"
 
 
@@ -111,7 +113,7 @@ class Dataset(tasks.Clips):
 
     def item(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        clip, masks = self.kept(row.name, lambda: self._read(row))
+        clip, masks = self.kept(str(row.folder), lambda: self._read(row))
         return {"video": clip.video, "audio": clip.audio, "labels": masks, "id": row.name}
 
     def _read(self, row: Row) -> tuple[Clip, Tensor]:
@@ -186,13 +188,20 @@ def verify(
         notes += decoded.notes
     problems += undecodable
 
-    if repeated := tuple(name for name, count in Counter(row.name for row in rows).items() if count > 1):
-        notes.append(f"{len(repeated)} names have more than one row: {some(repeated)}")
+    names = {split: Counter(row.name for row in of_split) for split, of_split in by_split.items()}
+    for split, counts in names.items():
+        if twice := [name for name, count in counts.items() if count > 1]:  # an evaluation keeps one mask a name
+            problems.append(f"{split}: {len(twice)} names come more than once: {some(twice)}")
+    for a, b in combinations(names, 2):
+        if both := [name for name in names[a] if name in names[b]]:
+            notes.append(f"{len(both)} names are in {a} and {b}: {some(both)}")
     sizes = {split: len(of_split) for split, of_split in by_split.items()}
-    others = {split: size for split, size in sizes.items() if size != _SIZES[split]}
-    notes += [f"{split}: S4 has {_SIZES[split]} clips, got {size}" for split, size in others.items()]
     categories = len({row.category for row in rows})
-    reported = sizes, missing, undecodable, tuple(problems), tuple(notes)
+    others = [f"{split}: S4 has {_SIZES[split]} clips, got {n}" for split, n in sizes.items() if n != _SIZES[split]]
+    if rows and categories != _CATEGORIES:
+        others.append(f"S4 has {_CATEGORIES} categories, got {categories}")
+    notes += others
+    reported = sizes, missing, undecodable, tuple(problems), tuple(notes), not others
     return Report(*reported, rows=len(found), categories=categories)
 
 
@@ -262,27 +271,44 @@ def _load_clip(folder: Path, **options: Any) -> Clip:
     return _load(folder, **options)[0]
 
 
+def check_frames(folder: Path, frames: int) -> None:
+    """Raises: MediaError unless the folder has T frames, NAME_1 to NAME_T, and no other picture."""
+    from lavish_fast.media import MediaError
+
+    pictures = [path.stem for path in _pictures(folder, "frames")]
+    expected = [f"{folder.name}_{i}" for i in range(1, frames + 1)]
+    if absent := [name for name in expected if name not in pictures]:
+        raise MediaError(folder, f"expected {frames} frames, got no {some(absent)}")
+    if len(pictures) > frames:
+        raise MediaError(folder, f"expected {frames} frames, got {len(pictures)}")
+
+
 def _check_files(folder: Path, frames: int) -> Path:
     """The folder, once it is known to have T frames, and masks and sound beside.
 
     Raises: MediaError naming the folder or file, what was expected and what came.
     """
-    from lavish_fast.media import IMAGE_SUFFIXES, MediaError
+    from lavish_fast.media import MediaError
 
+    check_frames(folder, frames)
     masks = _mask_paths(folder, frames)
-    for directory, count, what in ((folder, frames, "frames"), (masks[0].parent, len(masks), "masks")):
-        if not directory.is_dir():
-            raise MediaError(directory, f"expected a folder of {what}, got none")
-        pictures = {path.stem for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-        expected = [f"{folder.name}_{i}" for i in range(1, count + 1)]
-        if absent := [name for name in expected if name not in pictures]:
-            raise MediaError(directory, f"expected {count} {what}, got no {some(absent)}")
-        # In training only the first mask is read, though there may be more.
-        if len(pictures) > count and not (what == "masks" and count == 1):
-            raise MediaError(directory, f"expected {count} {what}, got {len(pictures)}")
+    count = len(_pictures(masks[0].parent, "masks"))
+    if absent := [path.name for path in masks if not path.is_file()]:
+        raise MediaError(masks[0].parent, f"expected {len(masks)} masks, got no {some(absent)}")
+    # In training only the first mask is read, though there may be more.
+    if 1 < len(masks) < count:
+        raise MediaError(masks[0].parent, f"expected {len(masks)} masks, got {count}")
     if not _wav_path(folder).is_file():
         raise MediaError(_wav_path(folder), "expected a sound, got none")
     return folder
+
+
+def _pictures(folder: Path, what: str) -> list[Path]:
+    from lavish_fast.decoding import IMAGE_SUFFIXES, MediaError
+
+    if not folder.is_dir():
+        raise MediaError(folder, f"expected a folder of {what}, got none")
+    return [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _mask_paths(folder: Path, frames: int) -> list[Path]:
@@ -300,9 +326,9 @@ def _read_mask(path: Path, size: int) -> Tensor:
     """(size, size) uint8: 1 where the picture's grey is at least 128, without dithering."""
     from PIL import Image
 
-    from lavish_fast import media
+    from lavish_fast import decoding
 
-    grey = np.asarray(Image.fromarray(media._read_image(path)).convert("L"))
+    grey = np.asarray(Image.fromarray(decoding.read_image(path)).convert("L"))
     if grey.shape != (size, size):
-        raise media.MediaError(path, f"expected a mask of {size}x{size} pixels, got {grey.shape[1]}x{grey.shape[0]}")
+        raise decoding.MediaError(path, f"expected a mask of {size}x{size} pixels, got {grey.shape[1]}x{grey.shape[0]}")
     return torch.from_numpy((grey >= MASK_THRESHOLD).astype(np.uint8))

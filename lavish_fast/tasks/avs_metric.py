@@ -41,8 +41,13 @@ class Metric:
     mean over the frames of a *batch* whose mask is not empty, its maximum, and the mean of that over batches, and so
     depends on the batch size. "F-score" has one video a batch, as the official test does; a video whose masks are all
     empty counts as 0. "pooled F-score" has the whole set as one batch; `official_f_score` any other size.
+
+    official_batch: a batch size at which the official F is a result too. order: the ids of the videos as the official
+    loader reads them, those of the data set's list.
     """
 
+    official_batch: int | None = None
+    order: Sequence[str] = ()
     videos: list[VideoScore] = field(default_factory=list)
 
     def update(self, outputs: Tensor | Sequence[Any], labels: Tensor, ids: Sequence[str]) -> None:
@@ -70,14 +75,19 @@ class Metric:
         self.videos += other.videos
 
     def results(self) -> dict[str, float]:
-        """mIoU, F-score and pooled F-score, NaN before any video was scored."""
-        if not self.videos:
-            return dict.fromkeys(("mIoU", "F-score", "pooled F-score"), float("nan"))
-        return {
-            "mIoU": math.fsum(v.iou for v in self.videos) / len(self.videos),
+        """mIoU, F-score and pooled F-score, NaN before any video was scored; with `official_batch` N, "official F-score
+        (batch N)" too.
+        """
+        count = len(self.videos)
+        results = {
+            "mIoU": math.fsum(v.iou for v in self.videos) / count if count else float("nan"),
             "F-score": self.official_f_score(1),
-            "pooled F-score": self.official_f_score(len(self.videos)),
+            "pooled F-score": self.official_f_score(max(1, count)),
         }
+        if self.official_batch is not None:
+            score = self.official_f_score(self.official_batch, self.order)
+            results[f"official F-score (batch {self.official_batch})"] = score
+        return results
 
     def official_f_score(self, batch_size: int, order: Sequence[str] | None = None) -> float:
         """The official F at a batch size, to compare with numbers that were got at one.

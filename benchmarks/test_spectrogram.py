@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lavish_fast.config import VIT_SPECTROGRAM, SpectrogramConfig
-from lavish_fast.media import fbank, fbank_reference
+from lavish_fast.spectrogram import fbank, fbank_reference
 
 SPECTROGRAMS = {"swin": SpectrogramConfig(), "vit": VIT_SPECTROGRAM}
 
