@@ -12,8 +12,10 @@ rounding; torch merges those (Chan et al.). BN2's statistics come without z0, wh
 the products of a - a₀, a₀ the first token's, of which torch makes a's mean m and covariance K; the mean of z0 is up m
 and its variance up_c K up_cᵀ for each channel. `_adapter_up` goes on from h: up, BN2, LN_after and the sum.
 
-Saved for the backward: X, B where it has a post-norm, S, h, the statistics, m and K: 2 D bytes a token in 16 bits
-beside what the caller has. float32: as in kernels/adapter.py; h is rounded to the streams' type.
+Saved for the backward, bytes a token in 16 bits: X, 2 C; B where it has a post-norm, 2 C; h, 2 D. Beside them S, 2 C
+bytes a latent, in float32 the batch's statistics, m and K, and the parameters. gather_latents saves the same X; B,
+which a frozen product leaves and does not save, S and h are kept by this op alone.
+float32: as in kernels/adapter.py; h is rounded to the streams' type.
 Bytes a token in 16 bits: X twice, B, out: 8 C, and 6 D for h. FLOPs: 4 C D / G + 4 C m + 2 D² / G.
 """
 
@@ -686,9 +688,10 @@ torch.library.register_autograd("lavish_fast::adapter_training", _backward_of_co
 
 
 def builds(architecture: int) -> Iterator[tuple[str, list[_launch.Launch]]]:
-    """What a machine without a card builds: the paper's stages in its two settings, and the extremes."""
+    """What a machine without a card builds: the paper's stages, its second setting, running statistics, extremes."""
     cases = [(torch.bfloat16, 192, {}), (torch.bfloat16, 768, {}), (torch.bfloat16, 1536, {})]
-    cases += [(torch.float16, 384, {"groups": 1, "norms": "none"}), (torch.float32, 192, {})]
+    cases += [(torch.float16, 384, {"groups": 1, "norms": "none"}), (torch.float32, 192, {}), (torch.bfloat16, 384, {})]
+    cases += [(torch.bfloat16, 768, {"reduction": 4, "latents": 16}), (torch.bfloat16, 768, {"statistics": "running"})]
     for dtype, width, options in cases:
         name = " ".join(str(part) for part in (dtype, width, *(f"{k} {v}" for k, v in options.items())))
         yield name.removeprefix("torch."), _build(dtype, width, architecture, **options)
@@ -703,6 +706,7 @@ def _build(
     latents: int = 2,
     groups: int = 2,
     norms: str = "all",
+    statistics: str = "batch",
 ) -> list[_launch.Launch]:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -722,7 +726,7 @@ def _build(
     ops = "adapter_training", "adapter_training_bwd"
     first, shared = (_shared(op, xs, [w, w], norm, (1e-5,) * 5, architecture) for op in ops)
     grid, gates, flat = (2, n, shared.blocks), [gate] * 2, h.flatten(1, 2)
-    batch = (None,) * 3 if norm is None else (wide(2, D), wide(2, D), covariance)
+    batch = (None,) * 3 if norm is None or statistics == "running" else (wide(2, D), wide(2, D), covariance)
     table = None if norm is None else wide(2, 5, D)
     return [
         _down_launch(h, wide(2, n, first.blocks, 2, D), xs, summaries, gates, first),

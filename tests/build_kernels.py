@@ -2,8 +2,8 @@
 
     python tests/build_kernels.py gather_latents 80 90
 
-Without architectures for all three. For sm_90 every case is built, for sm_80 and sm_86, which differ in their shared
-memory alone, every other one: a case costs seconds, of the adapter's training half a minute.
+Without architectures for all three. For sm_90 every case is built, for sm_80 and sm_86, whose code differs in the
+allocation of registers alone, every other one: a case costs seconds, of the adapter's training half a minute.
 
 A process of its own, since Triton's interpreter and its compiler exclude each other in one.
 """
