@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavish_fast import checkpoint, decoding, media
+from lavish_fast import checkpoint, media
 from lavish_fast.config import Config
 from lavish_fast.tasks import ave, avqa_data, avs_data
 
@@ -59,7 +59,7 @@ def plan(task: str, root: str | os.PathLike, config: Config) -> Plan:
     if task in ("ave", "avqa"):
         videos = ave.find_videos(root).values()
         places = [_frames_and_wav(root, video) for video in videos]
-        done = [wav.is_file() and _has_pictures(folder) for folder, wav in places]
+        done = [wav.is_file() and ave.has_pictures(folder) for folder, wav in places]
         todo = tuple(video for video, is_done in zip(videos, done) if not is_done)
         rate = media.FRAME_RATE if task == "ave" else avqa_data.FRAME_RATE
         return Plan(todo, sum(done), (), extract_frames, {"root": root, "frame_rate": rate})
@@ -145,10 +145,6 @@ def write_wav(path: Path, waveform: Tensor) -> None:
 
 def _frames_and_wav(root: Path, video: Path) -> tuple[Path, Path]:
     return root / "frames" / video.stem, root / "audio" / f"{video.stem}.wav"
-
-
-def _has_pictures(folder: Path) -> bool:
-    return folder.is_dir() and any(path.suffix.lower() in decoding.IMAGE_SUFFIXES for path in folder.iterdir())
 
 
 def _is_whole(folder: Path, frames: int) -> bool:

@@ -89,3 +89,14 @@ def tiny_inputs(batch: int = 2, frames: int = 3, seed: int = 0, dtype=torch.floa
     generator = torch.Generator().manual_seed(seed)
     audio = torch.randn(batch, frames, 32, 32, generator=generator).to(dtype)
     return audio, torch.randn(batch, frames, 3, 32, 32, generator=generator).to(dtype)
+
+
+class Ear(torch.nn.Module):
+    """Of VGGish's inputs and outputs, without its 72 million parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(96 * 64, 128)
+
+    def forward(self, patches):
+        return self.fc(patches.flatten(1)).relu()

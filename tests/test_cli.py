@@ -25,7 +25,7 @@ from lavish_fast import Config, Model, checkpoint, cli, media, ops, training
 from lavish_fast.commands import info, localize, terminal, watch
 from lavish_fast.commands import train as train_command
 from lavish_fast.config import TrainConfig
-from parity import tiny_config
+from parity import Ear, tiny_config
 
 CLASSES = ("Bell", "Drum [low]", "background")  # brackets are markup to rich
 CONFIG = tiny_config(classes=CLASSES, frames=2)
@@ -359,17 +359,6 @@ def test_evaluate_leaves_a_bad_file_out_and_says_so(run, options, tmp_path):
     # The file is reported once, and both rows of it are not scored.
     assert_one_line(result.err, "clip4.mp4", "expected a media file")
     assert "1 of 3" in result.out
-
-
-class Ear(torch.nn.Module):
-    """Of VGGish's inputs and outputs, without its 72 million parameters."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(96 * 64, 128)
-
-    def forward(self, patches):
-        return self.fc(patches.flatten(1)).relu()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from lavish_fast.config import (
     TrainConfig,
     ViTConfig,
 )
-from parity import randomise, relative_error
+from parity import Ear, randomise, relative_error
 
 SWIN = SwinV2Config(img_size=32, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4)
 ADAPTER = AdapterConfig(reduction=4, batch_norm=False)
@@ -189,17 +189,6 @@ def test_other_backbones_run_every_task_that_they_can(task, backbone, changes):
     module, labels = tasks.load(task), make_labels(task)
     module.loss(fast(**given), labels).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for _, p in model.trainable_parameters())
-
-
-class Ear(torch.nn.Module):
-    """Of VGGish's inputs and outputs, without its 72 million parameters."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(96 * 64, 128)
-
-    def forward(self, patches):
-        return self.fc(patches.flatten(1)).relu()
 
 
 def test_vggish_beside_event_localisation(monkeypatch, tmp_path):

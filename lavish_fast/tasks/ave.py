@@ -506,9 +506,16 @@ def _find_media(root: Path) -> dict[str, Path]:
     """By video id: the folder that has frames and a wav file, or else the video file."""
     found, frames = find_videos(root), root / "frames"
     if frames.is_dir():
-        folders = (path for path in frames.iterdir() if _wav_path(path).is_file() and any(path.glob("*")))
+        folders = (path for path in frames.iterdir() if _wav_path(path).is_file() and has_pictures(path))
         found |= {path.name: path for path in folders}
     return found
+
+
+def has_pictures(folder: Path) -> bool:
+    """Whether it is a folder with extracted frames."""
+    from lavish_fast.decoding import IMAGE_SUFFIXES
+
+    return folder.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
 
 
 def _wav_path(frames: Path) -> Path:
