@@ -106,7 +106,8 @@ def fit(
     makes it for training, in a `lavish_fast.TrainingStep`: on a GPU its steps are CUDA graphs.
 
     Args:
-        train_set, val_set: the task's `Dataset`, or anything with its items; `metric()` and `fold` are optional.
+        train_set, val_set: the task's `Dataset`, or anything with its items; `metric()` and `fold` are optional, as is
+            `set_epoch(epoch)`, which is called before each epoch of training, counted from 0.
         out: last/ is the state to resume from, best/ the best model; log.jsonl has a line a step and an epoch,
             tensorboard/ the same as curves. Each file is replaced in one move, so a kill leaves the old or the new.
         resume: go on from out/last, also from the middle of an epoch: on a CPU, bit for bit as if never stopped.
@@ -143,11 +144,14 @@ def fit(
         run = _Run(model, config, steps, path, device)
         if hasattr(train_set, "fold"):
             run.identity["fold"] = train_set.fold
+        set_epoch = getattr(train_set, "set_epoch", None)
         if resume:
             run.load()
         state = run.state
         with _Log(out, state) as log:
             while state.epoch < config.epochs and state.epoch - state.best_epoch < config.patience:
+                if set_epoch:
+                    set_epoch(state.epoch)
                 clips_per_second = _train_epoch(run, loader, log, bar)
                 run.average_buffers()
                 options = {"batch_size": config.batch_size, "amp": config.amp, "workers": config.workers}

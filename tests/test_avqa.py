@@ -795,6 +795,21 @@ def test_negative_frames_are_of_another_video_and_reproducible(data):
         assert torch.equal(item["negative"], train[index]["negative"])
 
 
+def test_each_epoch_draws_negative_frames_of_its_own(data):
+    write_questions(data, train=[entry(i, video_id="abcd"[i % 4]) for i in range(12)])
+    train = avqa.Dataset(data, "train", settled(data))
+    loader = torch.utils.data.DataLoader(train, batch_size=None, num_workers=2, persistent_workers=True)
+    drawn = []
+    for epoch in (0, 1, 0):
+        train.set_epoch(epoch)
+        drawn.append([item["negative"] for item in loader])
+        for index, negative in enumerate(drawn[-1]):
+            assert torch.equal(negative, train[index]["negative"])
+    first, second, again = map(torch.stack, drawn)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
 def test_with_extracted_frames_each_negative_frame_is_a_picture_of_another_video(data):
     for shade, name in zip((20, 80, 140), "abc"):
         (data / "videos" / f"{name}.mp4").unlink()

@@ -116,8 +116,7 @@ def test_pretraining_pictures():
 
 
 def test_pretraining_takes_steps():
-    backbone, accuracy = pretrain.pretrain(ave.CONFIG, steps=2, batch_size=4)
-    assert 0 <= accuracy <= 1
+    backbone, _ = pretrain.pretrain(ave.CONFIG, steps=2, batch_size=4)
     # In the first step norms of zero hide the blocks' weights; in the second every parameter has a gradient.
     still = {name for name, weight in backbone.named_parameters() if weight.grad is None or not weight.grad.any()}
     assert not still, f"parameters without a gradient: {sorted(still)}"

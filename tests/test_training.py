@@ -143,10 +143,32 @@ def test_each_epoch_sees_each_clip_once_in_an_order_of_its_own():
     assert orders[0] != orders[1]
 
 
+class Turning(list):
+    """Clips whose pictures are turned in every other epoch."""
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        clip = super().__getitem__(index)
+        return clip | {"video": clip["video"].flip(-1) if self.epoch % 2 else clip["video"]}
+
+
+def test_a_train_set_may_change_by_the_epoch(tmp_path):
+    clips = make_clips(3)
+    runs = {"same": clips, "turning": Turning(clips)}
+    for name, train in runs.items():
+        fit(make_model(), train, clips, settings(epochs=2), tmp_path / name)
+    same, turning = (losses(tmp_path / name) for name in runs)
+    assert len(same) == 6  # of two steps and the epoch, twice
+    assert same[:3] == turning[:3]
+    assert all(a != b for a, b in zip(same[3:], turning[3:]))
+
+
 @pytest.mark.parametrize("kill_at", [10, 11, 12])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, kill_at):
     # 4 steps an epoch; checkpoints within an epoch after steps 5, 10, 15 and 20, and after each epoch.
-    train, val = make_clips(7), make_clips(3, seed=1)
+    train, val = Turning(make_clips(7)), make_clips(3, seed=1)
     config = settings(epochs=5, accumulate=2, batch_size=1, save_every=5, lr_step=2, patience=5)
     model = make_model(drop_path=0.3)
     whole = fit(model, train, val, config, tmp_path / "whole")

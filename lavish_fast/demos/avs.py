@@ -27,7 +27,7 @@ CONFIG = Config(
     head=AVSConfig(channels=16, tpavi_stages=(0, 1, 2), size=SIZE, hidden=32),
     backbone_weights=WEIGHTS,
 )
-TRAIN = TrainConfig(batch_size=6, epochs=7, lr=5e-3, head_lr=5e-3, lr_step=5, lr_gamma=0.25, patience=3, workers=0)
+TRAIN = TrainConfig(batch_size=6, epochs=6, lr=5e-3, head_lr=2e-3, lr_step=4, lr_gamma=0.25, patience=3, workers=0)
 CLIPS = {"train": 360, "val": 24, "test": 48}
 
 SCORE = "mIoU"

@@ -56,10 +56,9 @@ class Dataset(tasks.Clips):
 
     In "train", where both streams run, an item has T frames of other videos of the split too, as negative (T, 3, S, S):
     where the split has extracted frames, a picture each of T random videos, or else the frames of one random clip in
-    random order, so that one clip more is decoded and not T. They are drawn from a generator seeded with the item's
-    index alone: the same in every epoch, in every process and after a resume. (The released loader draws anew in every
-    epoch; MUSIC-AVQA has several questions a video, each with a draw of its own.) Files that cannot be read are passed
-    over. Elsewhere no answer depends on negative frames, and none are read.
+    random order, so that one clip more is decoded and not T. They are drawn anew in every epoch, from a generator
+    seeded with the epoch and the item's index: the same in every process and after a resume. Files that cannot be
+    read are passed over. Elsewhere no answer depends on negative frames, and none are read.
 
     Raises: FileNotFoundError or ValueError naming the file, what was expected and what came.
     """
@@ -91,6 +90,8 @@ class Dataset(tasks.Clips):
             self._labels.append(torch.tensor(classes[question.answer]))
         self._media = _find_media(self.root)
         self._others: list[str] | None = None
+        # Shared, for processes that read ahead and live longer than an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         if split == "train" and len(config.streams) == 2:
             ids = [i for i in dict.fromkeys(q.video_id for q in self.rows) if i in self._media]
             self._others = [i for i in ids if self._media[i].is_dir()] or ids
@@ -107,6 +108,10 @@ class Dataset(tasks.Clips):
             "id": str(question.question_id),
         }
 
+    def set_epoch(self, epoch: int) -> None:
+        """Of which epoch, from 0, negative frames are drawn from now on, in the loader's processes too."""
+        self._epoch.fill_(epoch)
+
     def metric(self) -> Metric:
         """A metric that knows the type of each question. Raises: ValueError for an id with two types."""
         types: dict[str, tuple[str, str]] = {}
@@ -122,7 +127,7 @@ class Dataset(tasks.Clips):
         """(T, 3, S, S) of other videos."""
         from lavish_fast import decoding, media
 
-        generator = torch.Generator().manual_seed(index)
+        generator = torch.Generator().manual_seed(int(self._epoch) * len(self) + index)
         others = [i for i in self._others if i != video_id]
         if not others:
             reason = "expected another video of the split with media, for negative frames, got none"
