@@ -20,12 +20,10 @@ _INSTALLED = triton is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels in Python, on CPU tensors
 
 
-def reasons(
-    *tensors: Tensor | None, same_dtype: Sequence[Tensor] = (), differentiable: Sequence[Tensor] = ()
-) -> list[str]:
+def reasons(*tensors: Tensor | None, same_dtype: Sequence[Tensor] = (), differentiable: bool = False) -> list[str]:
     """What every kernel asks of its tensors.
 
-    same_dtype: those of one type, the first of them the stream. differentiable: those that may require gradients.
+    same_dtype: those of one type, the first of them the stream. differentiable: whether they may require gradients.
     """
     given = [t for t in tensors if t is not None]
     found = [] if _INSTALLED else ["expected triton to be installed, got none"]
@@ -44,9 +42,15 @@ def reasons(
         found.append(f"expected tensors of one type, got {', '.join(names)}")
     elif same_dtype and same_dtype[0].dtype not in DTYPES:
         found.append(f"expected float32, float16 or bfloat16, got {names[0]}")
-    if torch.is_grad_enabled() and any(t.requires_grad and all(t is not d for d in differentiable) for t in given):
+    if not differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in given):
         found.append("expected evaluation without gradients, got tensors that require them")
     return found
+
+
+def trainable(frozen: dict[str, Tensor]) -> list[str]:
+    """Which of the tensors, given by name, of which there is no gradient, require one."""
+    asked = [name for name, t in frozen.items() if torch.is_grad_enabled() and t.requires_grad]
+    return [f"{name}: expected a frozen tensor, got one that requires a gradient" for name in asked]
 
 
 def misfits(expected: Sequence[tuple[str, Tensor, tuple[int, ...]]]) -> list[str]:

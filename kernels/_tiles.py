@@ -165,7 +165,7 @@ def softmax_of_latents(
     """P = softmax(X Sᵀ), (BLOCK_N, BLOCK_M) float32."""
     logits = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for t in tl.static_range(len(x)):
-        in_turn(len(x) * CHUNK, 0, s_rows.dtype.element_ty)
+        in_turn(len(x) * CHUNK, 2 * BLOCK_M, s_rows.dtype.element_ty)  # of S a row is whole, of down a group's
         offs, mask_c = columns(t, C_G, CHUNK)
         s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
         logits = tl.dot(x[t], s.T, logits, input_precision="tf32x3")
@@ -181,7 +181,7 @@ def seen(x, s_rows, mask_m, p, gate_av, C_G: tl.constexpr, CHUNK: tl.constexpr, 
     for t in tl.static_range(len(x)):
         tile = x[t].to(tl.float32)
         if s_rows is not None:
-            in_turn(len(x) * CHUNK, 0, s_rows.dtype.element_ty)
+            in_turn(len(x) * CHUNK, 2 * p.shape[1], s_rows.dtype.element_ty)
             offs, mask_c = columns(t, C_G, CHUNK)
             s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
             tile += gate_av * tl.dot(p, s, input_precision="tf32x3")

@@ -42,7 +42,7 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
     ],
     "window_attention": [  # width: tokens of a window, twice for heads wider than 32
         {"bytes": 2, "width": 144, "BLOCK_M": 16, "BLOCK_N": 128, "RELOAD": False, "programs": 1440, "num_warps": 1},
-        {"bytes": 2, "width": 256, "BLOCK_M": 16, "BLOCK_N": 32, "RELOAD": True, "programs": 1440, "num_warps": 1},
+        {"bytes": 2, "width": 256, "BLOCK_M": 16, "BLOCK_N": 32, "RELOAD": True, "programs": 1440, "num_warps": 2},
         {"bytes": 2, "width": 288, "BLOCK_M": 32, "BLOCK_N": 64, "RELOAD": True, "programs": 720, "num_warps": 2},
         {"bytes": 4, "width": 256, "BLOCK_M": 16, "BLOCK_N": 32, "RELOAD": True, "programs": 720, "num_warps": 4},
         {"bytes": 4, "width": 288, "BLOCK_M": 16, "BLOCK_N": 16, "RELOAD": True, "programs": 720, "num_warps": 4},

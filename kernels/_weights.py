@@ -53,6 +53,10 @@ def mismatches(weights: Sequence[Weights]) -> list[str]:
     absent = [a + [t is None for name, t in tensors(w) if "." in name] for a, w in zip(absent, weights)]
     if absent[0] != absent[-1]:
         found.append("expected the same norms in both streams, got others")
+    for first, last in zip(tensors(weights[0]), tensors(weights[-1])):
+        types = [t.dtype for name, t in (first, last) if "." in name and t is not None]
+        if len(set(types)) > 1:
+            found.append(f"expected {first[0]} of one type in both streams, got {types[0]} and {types[1]}")
     if any(norm and (norm.mean is None) != (norm.variance is None) for w in weights for norm in (w.bn1, w.bn2)):
         found.append("expected mean and variance of a BatchNorm, got one of them")
     return found

@@ -14,9 +14,10 @@ program holds, so few tokens of wide streams, and its products are of 16 rows at
 float32: logits, softmax, X', statistics, norms, gates, the sum. Rounded to the streams' type: softmax(X Sᵀ), what goes
 into down and into up, and out. Variances are of differences to the mean, so that a large mean costs no digits.
 
-Bytes: device memory gives X and B and takes out once each, 6 C a token in 16 bits, the least. L2 gives X once more for
-the sum and, to BLOCK_N tokens together, 4 C D / G of weights and 4 C m of S: 11 KB a token at C = 768, D / G = 48,
-BLOCK_N = 16, which is as long on its way from L2 as the streams from device memory.
+Bytes: device memory gives X and B and takes out once each, 6 C a token in 16 bits, the least. L2 gives X and,
+where there is a post-norm, B once more for the sum and, to BLOCK_N tokens together, 4 C D / G of weights and 4 C m of
+S: 13 KB a token at C = 768, D / G = 48, BLOCK_N = 16, which is as long on its way from L2 as the streams from device
+memory.
 FLOPs: 4 C m + 4 C D / G a token, with m and D / G padded to powers of two from 16 on.
 """
 
@@ -197,6 +198,9 @@ def reasons(
     if summaries is not None and any(w.gate_av is None for w in weights):
         found.append("expected gate_av beside summaries, got none")
     found += mismatches(weights)
+    norms = [norm for w in weights for norm in (w.bn1, w.bn2) if norm is not None]
+    if any(norm.mean is norm.variance is None and norm.weight is not None for norm in norms):
+        found.append("expected running statistics beside a BatchNorm's weight, got none")
 
     shapes = {"down": (D, channels), "up": (C, D // groups), "bn1": (D,), "gate_av": (1,), "gate": (1,)}
     expected = [
@@ -264,6 +268,7 @@ def builds(architecture: int) -> Iterator[tuple[str, list[_launch.Launch]]]:
     cases = [(torch.bfloat16, width, {}) for width in (192, 384, 768, 1536)]
     cases += [(torch.bfloat16, 768, {"reduction": 4, "latents": 16}), (torch.bfloat16, 768, {"norms": "folded"})]
     cases += [(torch.bfloat16, 768, {"norms": "none", "groups": 1}), (torch.float32, 192, {})]
+    cases += [(torch.bfloat16, 768, {"latents": 64}), (torch.bfloat16, 1536, {"reduction": 4, "latents": 16})]
     for dtype, width, options in cases:
         name = " ".join(str(part) for part in (dtype, width, *(f"{k} {v}" for k, v in options.items())))
         yield name.removeprefix("torch."), _build(dtype, width, architecture, **options)

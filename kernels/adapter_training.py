@@ -510,13 +510,16 @@ def reasons(
     batch_statistics: bool,
 ) -> list[str]:
     """Why the kernels cannot take these tensors; an empty list when they can."""
-    # What evaluation asks for, of products in the streams' type, which is what the op makes of them.
+    # What evaluation asks for, of products in the streams' type, which is what the op makes of them; statistics are
+    # asked for below.
     with torch.no_grad():
-        like = [w._replace(**{name: _like(getattr(w, name), xs[0].dtype) for name in ("down", "up")}) for w in weights]
+        like = [_like(w, xs[0].dtype if xs else torch.float32) for w in weights]
         found = adapter.reasons(xs, branches, summaries, like, post_norm)
-    frozen = [t for t in post_norm or () if t is not None]
-    frozen += [t for w in weights for name, t in tensors(w) if t is not None and not _trained(name)]
-    found += _checks.reasons(*frozen)
+    if not xs:
+        return found
+    frozen = {f"post_norm.{name}": t for name, t in (post_norm or Norm())._asdict().items()}
+    frozen |= {f"weights[{i}].{name}": t for i, w in enumerate(weights) for name, t in tensors(w) if not _trained(name)}
+    found += _checks.trainable({name: t for name, t in frozen.items() if t is not None})
     norms = [norm for w in weights for norm in (w.bn1, w.bn2) if norm is not None]
     if batch_statistics and norms and xs[0].shape[:-1].numel() < 2:
         found.append(f"expected more than one token for batch statistics, got {xs[0].shape[:-1].numel()}")
@@ -525,8 +528,13 @@ def reasons(
     return list(dict.fromkeys(found))
 
 
-def _like(product: Tensor, dtype: torch.dtype) -> Tensor:
-    return product if product.dtype not in _checks.DTYPES else torch.empty_like(product, dtype=dtype)
+def _like(w: Weights, dtype: torch.dtype) -> Weights:
+    products = {name: product for name in ("down", "up") if (product := getattr(w, name)).dtype in _checks.DTYPES}
+    norms = {name: norm for name in ("bn1", "bn2") if (norm := getattr(w, name)) and norm.mean is norm.variance is None}
+    return w._replace(
+        **{name: torch.empty_like(product, dtype=dtype) for name, product in products.items()},
+        **{name: norm._replace(mean=norm.weight, variance=norm.weight) for name, norm in norms.items()},
+    )
 
 
 def _trained(name: str) -> bool:
@@ -636,6 +644,8 @@ def _adapter_training_backward(
     batch_statistics: bool,
 ) -> list[Tensor]:
     """The gradients of xs, of branches if there is a post-norm, of summaries if any, and of the trained parameters."""
+    if dout.stride(-1) * (dout.shape[-1] - 1) >= 2**31:  # the kernels count along channels in 32 bits
+        dout = dout.contiguous()
     weights, norm = _unflattened(parameters, post_norm, given, present)
     with torch.autocast(h.device.type, enabled=False):
         statistics = bn1, bn2, mean, covariance

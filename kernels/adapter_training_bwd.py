@@ -12,12 +12,13 @@ _adapter_bwd_down: from X, S and that gradient through BN1 and down to dX, dS, a
 torch makes down's gradient, as it makes up's of dz1 and a.
 
 float32: statistics, norms, softmax and its gradient's sums, the rows that programs leave for torch to add up, and all
-of the bottleneck. Rounded to the streams' type: what goes into products, dz1, dh, u, a - m, dX, dB, dS.
+of the bottleneck. Rounded to the streams' type: what goes into products, dz1, dh, u, a - m, dX, dB, dS, and
+LN_before's normalised X' in its own backward.
 Recomputed: a, z, P, X' and the statistics of tokens; read: X, B, h and BatchNorms' statistics.
 
 Bytes a token in 16 bits: X, B and dout thrice are read, dX, dB, dz1 and u written, torch's products read dz1 and u:
-22 C; 34 D of the bottleneck; and 8 C (6 + m) / BLOCK_N for the rows, written and read again.
-FLOPs: 20 C D / G, of which 4 C D / G recompute, and 16 C m, of which 6 C m do.
+22 C; 30 D of the bottleneck; and 8 C (6 + m) / BLOCK_N for the rows, written and read again.
+FLOPs: 10 C D / G, of which 2 C D / G recompute and 4 C D / G are torch's; 2 D^2 / G; 12 C m, of which 4 C m recompute.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ Splitting adds 8 m C bytes a block, half written, half read: 3 % of Y in stage 1
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -393,7 +394,7 @@ def gather_latents(latents: Sequence[Tensor], others: Sequence[Tensor]) -> Tenso
 def reasons(latents: Sequence[Tensor], others: Sequence[Tensor]) -> list[str]:
     """Why the kernel cannot take these tensors; nothing if it can."""
     given = (*latents, *others)
-    found = _checks.reasons(*given, same_dtype=(*others, *latents), differentiable=given)
+    found = _checks.reasons(*given, same_dtype=(*others, *latents), differentiable=True)
     if not 1 <= len(latents) <= 2 or len(latents) != len(others):
         return [*found, f"expected one or two latents and as many others, got {len(latents)} and {len(others)}"]
     if any(l.ndim != 2 for l in latents) or any(y.ndim != 3 for y in others):
@@ -436,5 +437,5 @@ def builds(architecture: int) -> Iterator[tuple[str, list[Launch]]]:
         tiling, _ = _tiling(m, N, C, dtype, architecture, trained=True)
         pair = _directions([latents] * 2, [other] * 2)
         differentiated, _ = backward.launch(pair, s, saved, [other] * 2, True, tiling, architecture)
-        yield name, launches([latents] * 2, [other] * 2, s, architecture)
-        yield f"{name} trained", [*launches([latents] * 2, [other] * 2, s, architecture, saved), differentiated]
+        forms = (launches([latents] * 2, [other] * 2, s, architecture, kept) for kept in ((), saved))
+        yield name, [*chain(*forms), differentiated]

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 import triton
@@ -254,7 +255,8 @@ window_attention_saving.register_autograd(_backward, setup_context=_setup_contex
 
 def reasons(qkv: Tensor, logit_scale: Tensor, table: Tensor, window: int, shift: int) -> list[str]:
     """Why the kernel cannot take these tensors; nothing if it can."""
-    found = _checks.reasons(qkv, logit_scale, table, same_dtype=(qkv,), differentiable=(qkv,))
+    found = _checks.reasons(qkv, logit_scale, table, same_dtype=(qkv,), differentiable=True)
+    found += _checks.trainable({"logit_scale": logit_scale, "table": table})
     for name, tensor in (("logit_scale", logit_scale), ("table", table)):
         if tensor.dtype != torch.float32:
             found.append(f"{name}: expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -305,5 +307,7 @@ def builds(architecture: int) -> Iterator[tuple[str, list[Launch]]]:
         logit_scale = torch.empty(heads, 1, 1, device="meta")
         table = torch.empty(heads, (2 * window - 1) ** 2, device="meta")
         out = torch.empty(20, size**2, heads * d, dtype=dtype, device="meta")
+        lse = torch.empty(20, heads, size**2, device="meta")
         name = f"{str(dtype).removeprefix('torch.')} d={d} window={window} shift={shift} heads={heads}"
-        yield name, launches(qkv, logit_scale, table, window, shift, out, architecture)
+        forms = (launches(qkv, logit_scale, table, window, shift, out, architecture, saved) for saved in (None, lse))
+        yield name, list(chain(*forms))

@@ -429,6 +429,10 @@ def test_what_it_refuses():
     refused("the same norms", weights=[w._replace(ln_before=Norm()), weights[1]._replace(ln_before=None)])
     refused("mean and variance", weights=[v._replace(bn1=v.bn1._replace(mean=None)) for v in weights])
     refused("up with its last dimension contiguous", weights=[w._replace(up=w.up.T.contiguous().T), weights[1]])
+    none = w.bn2._replace(mean=None, variance=None)
+    refused("running statistics beside a BatchNorm's weight", weights=[v._replace(bn2=none) for v in weights])
+    narrow = w._replace(ln_after=Norm(w.ln_after.weight.half(), w.ln_after.bias))
+    refused("ln_after.weight of one type in both streams, got torch.float16", weights=[narrow, weights[1]])
     refused("gate_av beside summaries", weights=[w._replace(gate_av=None), weights[1]])
     refused("one or two streams, got 2, 2 and 1", weights=[w])
     refused("got 3, 2, 3", summaries=summaries[0])
@@ -526,5 +530,6 @@ def test_cuda_graph():
 def test_build():
     # Of 1536 channels a thread of 8 warps holds 96 numbers; a few registers are spilled on sm_80 and sm_86. At 768 on
     # sm_90 they are kept to 128, so that an SM has two programs: 1.2 times as fast as without spills (_tuning.ROWS).
-    others = "", " reduction 4 latents 16", " norms folded", " norms none groups 1"
-    assert_built("adapter", spills={"bfloat16 1536": 16} | {f"bfloat16 768{other}": 32 for other in others})
+    others = "", " reduction 4 latents 16", " norms folded", " norms none groups 1", " latents 64"
+    spills = {"bfloat16 1536": 16, "bfloat16 1536 reduction 4 latents 16": 16}
+    assert_built("adapter", spills=spills | {f"bfloat16 768{other}": 32 for other in others})

@@ -312,6 +312,19 @@ def test_expanded_gradients_and_inputs():
             assert torch.equal(t, expected[name]), name
 
 
+def test_channels_of_a_gradient_beyond_32_bits():
+    """What lies between them is never touched."""
+    step = Step(16, streams=1).to(torch.float16).train()
+    inputs = step.inputs(1, 3, dtype=torch.float16)
+    dout, stride = incoming(inputs), 2**31 // 15 + 1
+    storage = torch.UntypedStorage(2 * (15 * stride + 3), device=DEVICE)
+    far = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(storage, 0, (1, 1, 3, 16), (3, 3, 1, stride))
+    far.copy_(dout)
+    expected = run(step, inputs, dout)
+    for name, t in run(step, inputs, far).items():
+        assert torch.equal(t, expected[name]), name
+
+
 def test_parameters_inside_nan():
     step = Step(48).train()
     inputs = step.inputs(1, 5)
@@ -499,7 +512,10 @@ def test_what_it_refuses():
     assert reasons(xs, branches, summaries, none, norm, True) == []
     refused("running statistics of each BatchNorm", weights=none, batch=False)
     wanted = Norm(norm.weight.clone().requires_grad_(), norm.bias)
-    refused("expected evaluation without gradients", norm=wanted)
+    refused("post_norm.weight: expected a frozen tensor, got one that requires a gradient", norm=wanted)
+    narrow = weights[1]._replace(bn1=weights[1].bn1._replace(bias=weights[1].bn1.bias.half()))
+    refused("bn1.bias of one type in both streams", weights=[weights[0], narrow])
+    assert len(reasons([], [], None, [w], None, True)) == 1
     assert reasons(*[[x.requires_grad_() for x in t] for t in (xs, branches)], summaries, weights, norm, True) == []
 
 

@@ -398,8 +398,8 @@ def test_gradients_of_the_frozen_are_refused():
     qkv, scale, table = inputs(4, 2, 4)
     table.requires_grad_()
     (reason,) = kernels.reasons(qkv, scale, table, 4, 0)
-    assert reason.startswith("expected evaluation without gradients")
-    with pytest.raises(ValueError, match="without gradients"):
+    assert reason == "table: expected a frozen tensor, got one that requires a gradient"
+    with pytest.raises(ValueError, match="table: expected a frozen tensor"):
         window_attention(qkv, scale, table, 4, 0)
     with torch.no_grad():
         assert not kernels.reasons(qkv, scale, table, 4, 0)
@@ -430,4 +430,5 @@ def test_compiles_without_a_break_for_any_batch(backend):
 
 
 def test_builds_for_each_card_within_its_limits():
-    assert_built("window_attention")
+    # A training forward of sm_80 spills six registers where windows of 144 tokens are shifted.
+    assert_built("window_attention", {f"bfloat16 d=32 window=12 shift=6 heads={heads}": 24 for heads in (6, 12)})
