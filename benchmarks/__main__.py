@@ -19,6 +19,7 @@ from benchmarks import results
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from benchmarks.roofline import Limits
     from benchmarks.run import Selection
 
 app = typer.Typer(
@@ -123,19 +124,25 @@ def run(
     device: Device = None,
     seconds: Annotated[float, typer.Option(min=0, help="Of timing per candidate.")] = 0.2,
     budget: Annotated[float, typer.Option(min=0, help="Seconds after which nothing new begins.")] = float("inf"),
+    limits: Annotated[Path | None, typer.Option(exists=True, help="What `roofline --out` wrote.")] = None,
     out: Out = None,
 ) -> int:
     """Measures cases and appends a row for each candidate.
 
     Without --execution and --dtype each case has its usual ones: eager, and on a card the baselines also compiled.
     """
+    import torch
+
     from benchmarks.cases import CASES, MODES, PATHS
     from benchmarks.measure import EXECUTIONS, PRECISIONS
+    from benchmarks.roofline import DTYPES
     from benchmarks.run import Selection
 
     device = _device(device)
-    if device == "cuda" and find_spec("pynvml") is None:
-        _console().print("no clocks, power and driver: nvidia-ml-py is missing: pip install -e '.\\[benchmarks]'")
+    if device == "cuda":
+        torch.cuda.init()  # rows and their folder have the name of the card that it takes
+        if find_spec("pynvml") is None:
+            _console().print("no clocks, power and driver: nvidia-ml-py is missing: pip install -e '.\\[benchmarks]'")
     selection = Selection(
         device,
         _preset(preset, device),
@@ -148,7 +155,8 @@ def run(
         seconds=seconds,
         budget=budget,
     )
-    return measure(selection, out or results.folder(device) / "bench.jsonl", _console())
+    known = {name: found for name in DTYPES if limits and (found := _last_limits(limits, name))}
+    return measure(selection, out or results.folder(device) / "bench.jsonl", _console(), known)
 
 
 @app.command()
@@ -274,11 +282,15 @@ def tune(
     with console.status("") as status, processes as pool:
         for target in targets:
             status.update(f"{target.op} stage {target.stage}")
-            tuned = module.tune(target, seconds, builders=pool, until=until)
+            try:
+                tuned = module.tune(target, seconds, builders=pool, until=until)
+            except ValueError as error:  # of one width; the kernel may take the next
+                console.print(f"    # {target.op} stage {target.stage}: refused: {error}", soft_wrap=True, markup=False)
+                continue
             console.print(tuned.row(), soft_wrap=True)
             left = [f"{count} {why}" for why, count in tuned.dropped.items()]
             console.print(f"    # stage {target.stage}: {', '.join([f'{tuned.tried} tried', *left])}", soft_wrap=True)
-            wrong |= "wrong" in tuned.dropped
+            wrong |= not tuned.dropped.keys().isdisjoint(("wrong", "default wrong"))
     return 1 if wrong else 0
 
 
@@ -290,8 +302,8 @@ def roofline(
     training: Annotated[bool, typer.Option("--training", help="A training step instead of a forward.")] = False,
     bare: Annotated[bool, typer.Option("--bare", help="The backbone alone, without adapters and head.")] = False,
     fused: Annotated[bool, typer.Option("--fused", help="Each adapter as one kernel instead of four.")] = False,
-    tflops: Annotated[float | None, typer.Option(min=0, help="The device's matrix products, 1e12 FLOP/s.")] = None,
-    gb_per_s: Annotated[float | None, typer.Option(min=0, help="Its memory, 1e9 bytes/s, read plus written.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="The device's matrix products, 1e12 FLOP/s.")] = None,
+    gb_per_s: Annotated[float | None, typer.Option(help="Its memory, 1e9 bytes/s, read plus written.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure both limits again.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda: whose limits.")] = None,
     out: Annotated[Path | None, typer.Option(help="File of measured limits, by default under results/.")] = None,
@@ -311,6 +323,7 @@ def roofline(
         raise typer.BadParameter("limits: expected both --tflops and --gb-per-s, or neither")
     console = _console()
     if tflops is None or gb_per_s is None:
+        device = _device(device)
         out = out or results.folder(device) / "limits.jsonl"
         limits = None if measure else _last_limits(out, dtype)
         if limits is None:
@@ -320,6 +333,8 @@ def roofline(
             results.append(out, [row])
         source = f"measured on {results.device_name(device)}"
     else:
+        if not (tflops > 0 and gb_per_s > 0):
+            raise typer.BadParameter(f"limits: expected positive numbers, got {tflops:g} TFLOP/s and {gb_per_s:g} GB/s")
         limits, source = module.Limits(tflops, gb_per_s), "given"
     itemsize = {"float64": 8, "float32": 4, "tf32": 4}.get(dtype, 2)
     ops = module.model_ops(
@@ -334,7 +349,7 @@ def roofline(
     )
 
 
-def _last_limits(path: Path, dtype: str) -> Any:
+def _last_limits(path: Path, dtype: str) -> Limits | None:
     import json
 
     from benchmarks.roofline import Limits
@@ -417,7 +432,7 @@ def compare(
     _console().print(module.table(module.compare(results.read(a), results.read(b))))
 
 
-def measure(selection: Selection, out: Path, console: Console) -> int:
+def measure(selection: Selection, out: Path, console: Console, limits: dict[str, Limits]) -> int:
     """Measures with a progress bar, a line a row; returns the exit code."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -433,7 +448,7 @@ def measure(selection: Selection, out: Path, console: Console) -> int:
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=len(selection.groups()))
-        for description in measure_all(selection, report):
+        for description in measure_all(selection, report, limits):
             progress.update(task, description=description)
             progress.advance(task)
     shown = ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "nothing: no case has that path"

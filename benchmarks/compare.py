@@ -106,8 +106,8 @@ def _failures(rows: list[dict[str, Any]], name: str) -> str:
     if not failed:
         return ""
     share = "" if len(failed) == len(rows) else f" ({len(failed)} of {len(rows)} runs)"
-    reasons = dict.fromkeys((str(row["status"]), row.get("error")) for row in failed)
-    return "; ".join(f"{status} in {name}{share}" + (f": {error}" if error else "") for status, error in reasons)
+    reasons = dict.fromkeys((str(row["status"]), row.get("reason")) for row in failed)
+    return "; ".join(f"{status} in {name}{share}" + (f": {reason}" if reason else "") for status, reason in reasons)
 
 
 def _machines(rows: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,30 +67,36 @@ def climb(
 ) -> Iterator[dict[str, Any]]:
     """The row of each of a mode's RUNGS, also of one whose process dies or takes longer than `timeout` seconds.
 
-    budget: seconds that all of them may take.
+    budget: seconds that all of them may take. The device's limits are measured once, for all rungs.
     """
     until = time.monotonic() + budget
-    for rung in RUNGS[mode]:
-        how = rung.execution or execution
-        if execution == "eager":
-            how = how.removeprefix("blocks+")
-        key = {"case": "ave", "mode": mode, "preset": preset, "batch": batch, "setting": {}}
-        key |= {"path": rung.path, "execution": how, "dtype": rung.dtype}
-        if execution == "eager" and (rung.path == "optimized" or rung.path == "released-bmm"):
-            yield _row(device, key, "skipped", "asked for eager")
-            continue
-        given = min(timeout, until - time.monotonic())
-        if given <= 0:
-            yield _row(device, key, "skipped", "the time budget was spent")
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "rung.jsonl"
-            command = [sys.executable, "-m", "benchmarks", "run", "--case", "ave", "--mode", mode]
+    with tempfile.TemporaryDirectory() as folder:
+        limits = Path(folder) / "limits.jsonl"
+        for dtype in dict.fromkeys(rung.dtype.removesuffix("-autocast") for rung in RUNGS[mode]):
+            command = ["roofline", "--measure", "--device", device, "--dtype", dtype, "--out", str(limits)]
+            with suppress(subprocess.TimeoutExpired):  # the rungs then measure their own
+                _benchmarks(command, min(timeout, until - time.monotonic()))
+        for i, rung in enumerate(RUNGS[mode]):
+            how = rung.execution or execution
+            if execution == "eager":
+                how = how.removeprefix("blocks+")
+            key = {"case": "ave", "mode": mode, "preset": preset, "batch": batch, "setting": {}}
+            key |= {"path": rung.path, "execution": how, "dtype": rung.dtype}
+            if execution == "eager" and (rung.path == "optimized" or rung.path == "released-bmm"):
+                yield _row(device, key, "skipped", "asked for eager")
+                continue
+            given = min(timeout, until - time.monotonic())
+            if given <= 0:
+                yield _row(device, key, "skipped", "the time budget was spent")
+                continue
+            out = Path(folder) / f"{i}.jsonl"
+            command = ["run", "--case", "ave", "--mode", mode]
             command += ["--device", device, "--preset", preset, "--batch", str(batch), "--path", rung.path]
             command += ["--execution", how, "--dtype", rung.dtype, "--seconds", str(seconds), "--out", str(out)]
-            wait = given if given < math.inf else None
+            if limits.is_file():
+                command += ["--limits", str(limits)]
             try:
-                done = subprocess.run(command, cwd=results.ROOT.parents[1], capture_output=True, timeout=wait)
+                done = _benchmarks(command, given)
             except subprocess.TimeoutExpired:
                 yield _row(device, key, "skipped", f"it took longer than {given:.0f} s")
                 continue
@@ -98,6 +105,13 @@ def climb(
             else:
                 last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
                 yield _row(device, key, "failed", f"exit code {done.returncode}: {last[0][:200]}")
+
+
+def _benchmarks(arguments: Sequence[str], seconds: float) -> subprocess.CompletedProcess:
+    """`python -m benchmarks` in a fresh process. Raises: subprocess.TimeoutExpired."""
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    wait = seconds if seconds < math.inf else None
+    return subprocess.run(command, cwd=results.ROOT.parents[1], capture_output=True, timeout=wait)
 
 
 def _row(device: str, key: dict[str, Any], status: str, reason: str) -> dict[str, Any]:

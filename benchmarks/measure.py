@@ -8,7 +8,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -212,6 +212,12 @@ class Memory:
             self.before = torch.cuda.memory_allocated()
         self.captured = 0
 
+    def note_built(self) -> None:
+        """What building alone took, wider weights say, does not count."""
+        if self.device == "cuda":
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+
     def note_capture(self) -> None:
         """The peak so far counts: what a CUDA graph holds shows while it is captured, not while it runs."""
         if self.device == "cuda":
@@ -270,23 +276,35 @@ def launches(call: Callable, device: str) -> dict[str, int] | None:
 
 
 class MatrixWork(TorchDispatchMode):
-    """Counts the matrix products and convolutions that run inside, each with FLOPs and the elements it touches."""
+    """Counts the matrix products and convolutions that run inside, each with FLOPs and the elements it touches.
 
-    def __init__(self) -> None:
+    weights: what is read once however many clips there are.
+    """
+
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.found: Counter[tuple[str, int, int]] = Counter()
+        self.weights = {_storage(x) for x in weights}
+        self.found: Counter[tuple[str, int, int, int]] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if (count := flop_registry.get(function._overloadpacket)) is not None:
             flops = count(*args, **(kwargs or {}), out_val=out)
-            tensors = (x for x in tree_flatten((args, kwargs, out))[0] if isinstance(x, Tensor))
-            self.found[function._overloadpacket.__name__, flops, sum(x.numel() for x in tensors)] += 1
+            elements = [0, 0]  # of clips, of weights
+            for x in tree_flatten((args, kwargs, out))[0]:
+                if isinstance(x, Tensor):
+                    elements[_storage(x) in self.weights] += x.numel()
+            self.found[(function._overloadpacket.__name__, flops, *elements)] += 1
         return out
 
     def ops(self, itemsize: int, clips: float) -> list[Op]:
         """The work as roofline's ops, for `clips` times what ran."""
         return [
-            Op(name, 0, calls, int(flops * clips), int(elements * clips * itemsize))
-            for (name, flops, elements), calls in self.found.items()
+            Op(name, 0, calls, int(flops * clips), int((elements * clips + weights) * itemsize))
+            for (name, flops, elements, weights), calls in self.found.items()
         ]
+
+
+def _storage(x: Tensor) -> int:
+    """Whose memory it is, also of a part."""
+    return x.untyped_storage().data_ptr()

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parent / "results"
@@ -131,6 +132,14 @@ def _commit() -> str | None:
     return commit + ("+changes" if any("benchmarks/results/" not in line for line in changed) else "")
 
 
+def _card(nvml: ModuleType) -> Any:
+    """The card that torch uses, or the first where it uses none yet: NVML has an order of its own, and all cards."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return nvml.nvmlDeviceGetHandleByIndex(0)
+    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+
+
 def _nvml(what: str) -> Any:
     try:
         import pynvml as nvml
@@ -139,7 +148,7 @@ def _nvml(what: str) -> Any:
     except Exception:  # the package or the driver is missing; both mean that there is nothing to read
         return None
     try:
-        card = nvml.nvmlDeviceGetHandleByIndex(0)
+        card = _card(nvml)
         if what == "name":
             return nvml.nvmlDeviceGetName(card)
         if what == "driver":

@@ -24,7 +24,6 @@ An op's forward and backward are one entry, whose time is bound by their sum.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -399,8 +398,8 @@ def _more(op: Op, size: int) -> Op:
 def measure_limits(device: str, dtype: str) -> Limits:
     """What this device reaches now: a large copy, and a large square matrix product of random numbers.
 
-    8192^3 on CUDA. On a CPU the largest size up to 2048^3 that takes a fraction of a second. The median of several
-    rounds after warm-ups, so that what else runs on the machine counts.
+    8192^3 on CUDA. On a CPU the largest size up to 2048^3 that takes a fraction of a second. The best of several
+    rounds after warm-ups: a limit is what nothing exceeds, whatever else runs on the machine.
 
     Args:
         device: "cuda", "cuda:1", "cpu" ...
@@ -414,7 +413,7 @@ def measure_limits(device: str, dtype: str) -> Limits:
         raise ValueError(f"dtype: expected one of {', '.join(known)} on {device}, got {dtype!r}")
     source = torch.ones(2**30 if cuda else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = _median_seconds(lambda: target.copy_(source), device)
+    copy = _best_seconds(lambda: target.copy_(source), device)
     gb_per_s = 2 * source.numel() / copy / 1e9
 
     def product(side: int) -> Callable[[], object]:
@@ -429,16 +428,16 @@ def measure_limits(device: str, dtype: str) -> Limits:
         if not cuda:
             # A type that the CPU only emulates is a hundred times slower.
             side = 256
-            while side < 2048 and _median_seconds(product(side), device, rounds=1) < 0.03:
+            while side < 2048 and _best_seconds(product(side), device, rounds=1) < 0.03:
                 side *= 2
-        taken = _median_seconds(product(side), device)
+        taken = _best_seconds(product(side), device)
     finally:
         settings.allow_tf32 = before
     return Limits(2 * side**3 / taken / 1e12, gb_per_s)
 
 
-def _median_seconds(run: Callable[[], object], device: str, rounds: int = 0) -> float:
-    """Median time of `run` after warm-ups, by CUDA events or the clock. rounds: 0 for as many as suit the device."""
+def _best_seconds(run: Callable[[], object], device: str, rounds: int = 0) -> float:
+    """The least time of `run` after warm-ups, by CUDA events or the clock. rounds: 0 for as many as suit the device."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -451,14 +450,14 @@ def _median_seconds(run: Callable[[], object], device: str, rounds: int = 0) -> 
                 run()
                 end.record()
             torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+        return min(start.elapsed_time(end) for start, end in events) / 1e3
     run()
     times = []
     for _ in range(rounds or 5):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def table(ops: Iterable[Op], limits: Limits, batch: int | None = None) -> Table:

@@ -33,6 +33,7 @@ Row = dict[str, Any]
 RELEASED = ("released", "released-bmm")  # the paths of the released code's order
 _NONE = "not measured"
 _HOW = "fastest by"
+_APART = "*"
 _PAPERS_SPEEDS = "The paper's speeds are of an A6000; of inference or of training, it does not say."
 
 
@@ -112,6 +113,14 @@ def speedup(row: Row | None, other: Row | None) -> float | None:
     return row["samples_per_s"] / other["samples_per_s"] if row and other else None
 
 
+def ratio(row: Row | None, other: Row | None) -> str:
+    """The speedup as text, with an asterisk where the two are of other commits or days; empty without one of them."""
+    if row is None or other is None:
+        return ""
+    apart = any(row[name][:10] != other[name][:10] for name in ("commit", "date"))
+    return _times(speedup(row, other)) + _APART * apart
+
+
 # Parameters
 
 
@@ -185,7 +194,7 @@ def networks(rows: Sequence[Row], preset: str) -> Table:
         reference = _NONE if plain is None else _number(plain["samples_per_s"])
         millions = f"{size_of(config).trainable / 1e6:.2f}"
         task = config.task if config.task != before else ""
-        table.add_row(task, name, millions, reference, speed, _times(speedup(fast, plain)), how, error)
+        table.add_row(task, name, millions, reference, speed, ratio(fast, plain), how, error)
         before = config.task
     text = "Reference: the model as it is, eager in float32. Fast: `lavish_fast.optimize`, errors to float64."
     return _caption(table, text, _of_preset(preset))
@@ -233,11 +242,11 @@ def table_4_rows(rows: Sequence[Row], preset: str, mode: str) -> dict[str, tuple
     return {name: (best(found), found) for name, found in choices.items()}
 
 
-def table_4_ratios(rows: Sequence[Row], preset: str, mode: str) -> dict[str, float | None]:
+def table_4_ratios(rows: Sequence[Row], preset: str, mode: str) -> dict[str, str]:
     """How many times as fast as CMBS LAVISH is: both as published, and the fastest of each."""
     chosen = [row for row, _ in table_4_rows(rows, preset, mode).values()]
     cmbs, lavish = best(filter(None, chosen[:2])), best(filter(None, chosen[2:]))
-    return {"as published": speedup(chosen[2], chosen[0]), "fastest": speedup(lavish, cmbs)}
+    return {"as published": ratio(chosen[2], chosen[0]), "fastest": ratio(lavish, cmbs)}
 
 
 def table_4(rows: Sequence[Row], preset: str) -> Table:
@@ -250,9 +259,9 @@ def table_4(rows: Sequence[Row], preset: str) -> Table:
             speed = f"{TABLE_4[name.split(',')[0]]:.2f}" if name.endswith("as published") else ""
             measured, *how = _cells(row, found)
             table.add_row("" if i else mode, name, measured, speed, *how)
-        for name, ratio in table_4_ratios(rows, preset, mode).items():
+        for name, times in table_4_ratios(rows, preset, mode).items():
             published = _times(TABLE_4["LAVISH"] / TABLE_4["CMBS"]) if name == "as published" else ""
-            table.add_row("", f"LAVISH / CMBS, {name}", _times(ratio) or _NONE, published)
+            table.add_row("", f"LAVISH / CMBS, {name}", times or _NONE, published)
         table.add_section()
     return _caption(
         table,
@@ -304,7 +313,7 @@ def figure_1(rows: Sequence[Row], preset: str) -> Table:
         ]
         if row := curve.get(latents):
             spread = f"{_number(row['q20_ms'])}-{_number(row['q80_ms'])}"
-            relative = _times(row["median_ms"] / base["median_ms"]) if base else ""
+            relative = ratio(base, row)  # of speeds, at one batch size
             cells += [_number(row["median_ms"]), spread, relative]
         else:
             cells += [_NONE, "", ""]
@@ -431,11 +440,13 @@ def headline(rows: Sequence[Row], preset: str) -> Table:
     for batch, chosen in (contenders(rows, preset) or {"": dict.fromkeys(CONTENDERS)}).items():
         for name, row in chosen.items():
             measured, _, how, error = _cells(row)
-            ratio = "" if name == ours else _times(speedup(chosen[ours], row))
-            table.add_row(str(batch) if name == ours else "", name, measured, ratio, how, error)
+            times = "" if name == ours else ratio(chosen[ours], row)
+            table.add_row(str(batch) if name == ours else "", name, measured, times, how, error)
         table.add_section()
-        ratio = speedup(chosen[ours], chosen[compiled])
-        answer = _NONE if ratio is None else f"{'yes' if ratio > 1 else 'no'}, {_times(ratio)}"
+        times = speedup(chosen[ours], chosen[compiled])
+        answer = _NONE
+        if times is not None:
+            answer = f"{'yes' if times > 1 else 'no'}, {ratio(chosen[ours], chosen[compiled])}"
         answers.append(f"{answer} at batch {batch}" if batch else answer)
     return _caption(
         table,
@@ -484,6 +495,8 @@ def _table(title: str, columns: Sequence[str], left: Sequence[str] = ()) -> Tabl
 
 
 def _caption(table: Table, *sentences: str) -> Table:
+    if any(str(cell).endswith(f"x{_APART}") for column in table.columns for cell in column.cells):
+        sentences += ("Ratios with an asterisk are of rows of two commits or days.",)
     table.caption = Text(" ".join(filter(None, sentences)))
     return table
 
@@ -516,5 +529,5 @@ def _number(value: float) -> str:
     return f"{value:,.{max(0, 2 - len(str(int(value))) + 1)}f}" if value >= 1 else f"{value:.3g}"
 
 
-def _times(ratio: float | None, digits: int = 2) -> str:
-    return "" if ratio is None else f"{ratio:.{digits}f}x"
+def _times(factor: float, digits: int = 2) -> str:
+    return f"{factor:.{digits}f}x"

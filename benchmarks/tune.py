@@ -7,6 +7,7 @@ On a card each is replayed as a CUDA graph: what the host does between launches 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -31,7 +32,10 @@ Key = tuple[str, int, str, int]
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best constants of an op for a type and width, and milliseconds with them and with what is used without."""
+    """The best constants of an op for a type and width, and milliseconds with them and with what is used without.
+
+    Infinite milliseconds: neither those in use nor any other gave the right numbers.
+    """
 
     key: Key
     constants: dict[str, Any]
@@ -42,6 +46,8 @@ class Tuned:
 
     def row(self) -> str:
         """The line of `_tuning.ROWS`."""
+        if math.isinf(self.milliseconds):
+            return f"    # {self.key!r}: none is right"
         return f"    {self.key!r}: {self.constants!r},  # {self.milliseconds:.4f} ms, {self.before:.4f} before"
 
 
@@ -85,7 +91,7 @@ class Run:
         with torch.set_grad_enabled(self.training):
             return self._call(*self.inputs).detach()  # no node outlives the call: a graph would meet its stream
 
-    def errors(self, truth: Truth, outputs: Tensor) -> list[float]:
+    def errors(self, truth: Truth, outputs: Tensor) -> dict[str, float]:
         return truth.errors(self.path, self.function, outputs, self.batch, self.inputs)
 
 
@@ -105,15 +111,24 @@ def tune(target: Target, seconds: float, *, builders: Executor | None = None, un
         list(builders.map(build, [target] * len(every), every))
     run, control = Run(target, "fused", target.batch), Run(target, "reference", 1)
     truth = Truth(run.problem, "reference", target.device, run.training)
-    allowed = list(budgets(precision, control.errors(truth, control()), training=run.training))
+    own = control.errors(truth, control())
+
+    def right(outputs: Tensor) -> bool:
+        errors = run.errors(truth, outputs)
+        allowed = budgets(precision, errors, own, training=run.training)
+        return all(error <= allowed[what] for what, error in errors.items())
+
     with _asked(target.op) as keys:
         run()
     if len(keys) != 1:
         raise ValueError(f"{target.op}: expected launches of one width, got {sorted(keys) or 'none'}")
     key, tried, dropped = keys.pop(), 0, {}
     with _trying(key, None):
+        outputs = run()
         before = _milliseconds(_replayed(run, target.device), target.device, seconds)
         best = before, _tuning.row(key[0], key[1], target.dtype, key[3])[0]
+        if not right(outputs):
+            best, dropped = (math.inf, {}), {"default wrong": 1}
     for constants in every:
         if time.monotonic() > until:
             break
@@ -124,7 +139,7 @@ def tune(target: Target, seconds: float, *, builders: Executor | None = None, un
                 call = _replayed(run, target.device)
                 if _milliseconds(call, target.device, 0.0) > _HOPELESS * best[0]:
                     why = "slow"
-                elif any(not error <= most for error, most in zip(run.errors(truth, outputs), allowed)):
+                elif not right(outputs):
                     why = "wrong"
                 else:
                     taken = _milliseconds(call, target.device, seconds)

@@ -54,7 +54,7 @@ def test_run_writes_a_row_for_each_candidate_and_says_what_came_of_it(tiny, tmp_
 
 
 def test_run_fails_when_a_path_is_wrong(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.run.Truth.errors", lambda *_: [0.5])
+    monkeypatch.setattr("benchmarks.run.Truth.errors", lambda *_: {"outputs": 0.5})
     arguments = ("--case", "latents", "--device", "cpu", "--preset", "small", "--batch", "1", "--out", tmp_path / "r")
     assert "7 wrong" in run("run", *arguments, "--budget", 1000, code=1)
 
@@ -78,12 +78,22 @@ def test_run_fails_when_a_path_is_wrong(tiny, tmp_path, monkeypatch):
         (["tune", "--device", "cpu"], "device: expected cuda, whose kernels are tuned, got cpu"),
         (["roofline", "--model", "big"], "model: expected some of ave-swinv2-large"),
         (["roofline", "--tflops", "5"], "limits: expected both --tflops and --gb-per-s"),
+        (["roofline", "--tflops", "0", "--gb-per-s", "9"], "expected positive numbers, got 0 TFLOP/s and 9 GB/s"),
+        (["roofline", "--tflops", "5", "--gb-per-s", "0"], "expected positive numbers, got 5 TFLOP/s and 0 GB/s"),
     ],
 )
 def test_bad_usage_lists_what_exists(arguments, message):
     with pytest.raises(command.typer.BadParameter) as raised:
         run(*arguments)
     assert message in raised.value.message
+
+
+@pytest.mark.parametrize("name", ["run", "ladder", "profile", "roofline"])
+def test_a_card_that_is_not_here_is_bad_usage(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(command.typer.BadParameter) as raised:
+        run(name, "--device", "cuda", *(["--measure"] if name == "roofline" else []))
+    assert raised.value.message == "device: expected one that is here: cpu, got cuda"
 
 
 def test_a_bad_file_is_one_line_and_exit_code_2(tmp_path):
@@ -128,6 +138,18 @@ def test_roofline_measures_once_and_remembers(tmp_path, monkeypatch):
         run("roofline", "--device", "cpu", "--dtype", "float32", "--out", out)
 
 
+def test_run_takes_the_limits_that_roofline_wrote(tiny, tmp_path, monkeypatch):
+    from benchmarks import roofline
+
+    results.append(tmp_path / "limits", [{"dtype": "float32", "tflops": 0.5, "gb_per_s": 7.0}])
+    monkeypatch.setattr(roofline, "measure_limits", lambda device, dtype: roofline.Limits(2.0, 3.0))
+    arguments = ("--case", "ave", "--mode", "inference", "--device", "cpu", "--preset", "small", "--batch", "1")
+    arguments += ("--path", "reference", "--dtype", "float32,bfloat16", "--seconds", 0)
+    run("run", *arguments, "--limits", tmp_path / "limits", "--out", tmp_path / "rows.jsonl")
+    rows = results.read(tmp_path / "rows.jsonl")
+    assert [(row["limit_tflops"], row["limit_gb_per_s"]) for row in rows] == [(0.5, 7.0), (2.0, 3.0)]
+
+
 def test_compare_and_tables_read_what_run_wrote(tiny, tmp_path):
     for _ in range(2):
         arguments = ("--case", "ave", "--mode", "inference", "--device", "cpu", "--preset", "small", "--batch", "1")
@@ -156,6 +178,24 @@ def test_memory_is_drawn_from_what_run_wrote(tiny, tmp_path):
         "memory-training.png",
         "memory-training.svg",
     ]
+
+
+def test_tune_goes_on_after_a_target_that_the_kernel_refuses(monkeypatch):
+    from benchmarks import tune
+
+    def tuned(target, seconds, **_):
+        if target.stage < 3:
+            raise ValueError("adapter: expected tensors that it takes, got: C: [192]")
+        key = target.op, 90, "float32", 128
+        return tune.Tuned(key, {"BLOCK_N": 16}, 1.0, 2.0, 5, {"default wrong": 1} if target.stage == 4 else {})
+
+    monkeypatch.setattr(command, "_device", lambda given: "cuda")
+    monkeypatch.setattr(tune, "tune", tuned)
+    output = run("tune", "--op", "adapter", "--preset", "small", "--builders", "0", code=1)
+    assert output.count("refused: adapter: expected tensors that it takes, got: C: [192]") == 2
+    assert output.count("{'BLOCK_N': 16}") == 2
+    assert "5 tried, 1 default wrong" in output
+    assert "5 tried\n" in run("tune", "--op", "adapter", "--preset", "small", "--builders", "0", "--stage", "3")
 
 
 def test_ladder_climbs_in_processes_of_their_own(tmp_path, monkeypatch):

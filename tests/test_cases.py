@@ -79,10 +79,13 @@ def test_every_path_equals_the_truth(name, mode, monkeypatch):
                 errors = run(ours, path, truth, repeats=1 if name in LARGE else 2)
             except Unavailable:
                 continue
-            found[path] = max(found.get(path, 0), errors[0])
-            assert 0 < errors[0] <= (100 if training else 1) * precision.cap, (path, setting)
-            assert len(errors) == 1 + training * (len(ours.differentiated) + (name not in WITHOUT_PARAMETERS))
-            assert all(0 < error <= precision.gradient_cap for error in errors[1:]), (path, setting)
+            found[path] = max(found.get(path, 0), errors["outputs"])
+            assert 0 < errors["outputs"] <= (100 if training else 1) * precision.cap, (path, setting)
+            assert ("parameters" in errors) == (training and name not in WITHOUT_PARAMETERS)
+            assert {f"input {i}" for i in ours.differentiated if training} <= errors.keys()
+            # Of a kind by itself float32's rounding shows more where its gradient is small.
+            limits = {what: precision.gradient_cap * (2 if "," in what else 1) for what in errors}
+            assert all(0 < error <= limits[what] for what, error in errors.items()), (path, setting, errors)
     expected = {
         ("ave", "inference"): {
             "reference",
@@ -117,12 +120,12 @@ def test_a_batch_repeats_its_clips_and_each_is_checked(name):
     function = ours.build("reference", torch.float32, "cpu", training=False)
     with torch.no_grad():
         outputs = function(*twice)
-    assert truth.errors("reference", function, outputs, 2)[0] < 1e-5
+    assert truth.errors("reference", function, outputs, 2)["outputs"] < 1e-5
     rows = len(outputs) // 4  # of a clip
     for clip in range(4):
         wrong = outputs.clone()
         wrong[clip * rows : (clip + 1) * rows] *= 1 + 0.01 * torch.rand(wrong.shape[1:])
-        assert truth.errors("reference", function, wrong, 2)[0] > 1e-3
+        assert truth.errors("reference", function, wrong, 2)["outputs"] > 1e-3
 
 
 OP_CASES = ("gather_latents", "adapter", "window_attention")
@@ -153,20 +156,33 @@ def test_gradients_of_an_op_are_those_of_autograd(name, repeats):
     inputs = ours.batch(repeats, torch.float64, "cpu", training=True)
     assert [x.requires_grad for x in inputs] == [i in ours.differentiated for i in range(len(inputs))]
     outputs = step(ours, function, function, inputs, repeats)(*inputs)
-    assert max(truth.errors("reference", function, outputs, repeats, inputs)) < 1e-10
-    for place, i in enumerate(ours.differentiated, 1):
+
+    def errors():
+        return truth.errors("reference", function, outputs, repeats, inputs)
+
+    assert max(errors().values()) < 1e-10
+    missing = {"outputs": errors()["outputs"], "gradients": math.inf}
+    for i in ours.differentiated:
         before, inputs[i].grad = inputs[i].grad, inputs[i].grad * torch.linspace(0.99, 1.01, inputs[i].shape[-1])
-        errors = truth.errors("reference", function, outputs, repeats, inputs)
-        assert errors[place] > 1e-3
-        assert max(errors[:place] + errors[place + 1 :]) < 1e-10
+        assert [what for what, error in errors().items() if not error < 1e-10] == [f"input {i}"]
+        assert errors()[f"input {i}"] > 1e-3
         inputs[i].grad = None
-        assert truth.errors("reference", function, outputs, repeats, inputs)[1:] == [math.inf]
+        assert errors() == missing
         inputs[i].grad = before
     if isinstance(function, torch.nn.Module):
-        function.adapter.up.grad *= 1.1
-        assert truth.errors("reference", function, outputs, repeats, inputs)[-1] > 1e-3
+        before = function.adapter.gate_av.grad.clone()
+        function.adapter.gate_av.grad.mul_(1.1)
+        wrong = [what for what, error in errors().items() if not error < 1e-10]
+        assert wrong == ["parameters", "parameters, gate_av"]
+        assert errors()["parameters, gate_av"] == pytest.approx(0.1)
+        function.adapter.gate_av.grad.zero_()
+        assert errors()["parameters, gate_av"] == math.inf
+        # BatchNorm takes it away: there is no gradient, and none is right.
+        function.adapter.gate_av.grad.copy_(before)
+        function.adapter.ln_before.bias.grad.zero_()
+        assert max(errors().values()) < 1e-10
         function.adapter.up.grad = None
-        assert truth.errors("reference", function, outputs, repeats, inputs)[1:] == [math.inf]
+        assert errors() == missing
 
 
 def test_a_training_step_of_the_adapter_has_wide_parameters_and_narrow_streams():
@@ -184,7 +200,7 @@ def test_a_training_step_of_the_adapter_has_wide_parameters_and_narrow_streams()
     truth = Truth(ours, "reference", "cpu", True)
     for path in ("reference", "released-bmm"):
         errors = run(ours, path, truth, torch.bfloat16, repeats=2)
-        assert all(1e-4 < error < 0.1 for error in errors), (path, errors)
+        assert all(1e-4 < error < 0.1 for what, error in errors.items() if "," not in what), (path, errors)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +248,6 @@ def test_whole_steps_of_the_optimised_network(monkeypatch):
 
     monkeypatch.setattr(runtime.TrainingStep, "finish", finish)
     assert group.prepare("optimized", "step", "float32").row["status"] == "wrong"
-    row = group.prepare("concatenated", "step", "float32").row
-    assert (row["status"], row["reason"]) == ("skipped", "whole steps are taken of what lavish_fast.optimize made")
     with pytest.raises(Unavailable, match="for training alone"):
         measure.execute(module, "step", group.problem.batch(1, torch.float32, "cpu"), training=False)
 
@@ -246,15 +260,68 @@ def test_weights_are_not_the_identity():
         expected = ours.rows(network(*inputs))
         for block in (0, len(network.adapters) - 1):
             for name, adapter in network.adapters[block].items():
-                for gate, least, most in ((adapter.gate, 0.06, 0.14), (adapter.gate_av, 0.01, 0.03)):
+                for gate in (adapter.gate, adapter.gate_av):
                     before = gate.clone()
-                    assert least <= gate.item() <= most
                     gate.zero_()
-                    assert relative_error(ours.rows(network(*inputs)), expected) > 1e-5, (block, name)
+                    assert relative_error(ours.rows(network(*inputs)), expected) > 1e-3, (block, name)
                     gate.copy_(before)
     buffers = [buffer for name, buffer in network.named_buffers() if "running" in name]
     assert len(buffers) == 4 * 4 * len(network.adapters)
     assert all((buffer.ne(0) & buffer.ne(1)).all() for buffer in buffers)
+
+
+def prepared(mode, change):
+    """What is said of a bfloat16 path of the small network after a `change` of its module."""
+    selection = Selection("cpu", "small", [1], cases=["ave"], modes=[mode])
+    (key,) = selection.groups()
+    group = Group(selection, key, {}, {}, 0.0)
+    group._prepare_problem()
+    build = group.problem.build
+
+    def changed(path, *args, **options):
+        module = build(path, *args, **options)
+        if path == "concatenated":
+            for name, p in module.named_parameters():
+                change(name, p)
+        return module
+
+    group.problem.build = changed
+    return group.prepare("concatenated", "eager", "bfloat16").row
+
+
+def test_a_network_without_latents_is_wrong_in_bfloat16():
+    def without(name, p):
+        if name.endswith("gate_av"):
+            p.data.zero_()
+
+    row = prepared("inference", without)
+    assert (row["status"], row["error"] > 2 * row["error_budget"]) == ("wrong", True)
+    assert prepared("inference", lambda name, p: None)["status"] == "ok"
+
+
+@pytest.mark.parametrize("kind", ["adapters", "latents", "gate_av", "gate", "down", "up", "bn2.bias"])
+def test_adapters_without_a_gradient_are_wrong_in_bfloat16(kind):
+    def without(name, p):
+        if p.requires_grad and (f".{kind}." in f".{name}."):
+            p.register_hook(torch.zeros_like)
+
+    row = prepared("training", without)
+    assert (row["status"], row["error"]) == ("wrong", None)
+    assert row["reason"].startswith("error inf of parameters, ")
+    row = prepared("training", lambda name, p: None)
+    # Of all parameters together, as the baselines' rows have it; latents alone are off by 0.2.
+    assert (row["status"], row["error"] < 0.03) == ("ok", True)
+
+
+def test_gates_of_training_are_small():
+    for name in ("ave", "networks"):
+        before, after = (
+            dict(problem(name, 1).build("reference", torch.float32, "cpu", training=t).named_parameters())
+            for t in (False, True)
+        )
+        for key, p in before.items():
+            factor = {"gate": 0.2, "gate_av": 0.04}.get(key.split(".")[-1], 1)
+            assert torch.equal(after[key], p * factor), key
 
 
 def test_inputs_are_exact_in_every_precision():

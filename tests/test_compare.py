@@ -10,6 +10,7 @@ from benchmarks.results import read
 
 
 def row(times=(1.0, 1.0, 1.0), **changes):
+    """As the runner writes it: what has no time has no column for it."""
     times = [float(t) for t in times]
     values = {
         "case": "model",
@@ -23,11 +24,11 @@ def row(times=(1.0, 1.0, 1.0), **changes):
         "device": "a CPU",
         "threads": 2,
         "status": "ok",
-        "median_ms": float(np.median(times)) if times else None,
-        "times_ms": times,
-        "error": None,
-    }
-    return values | changes
+        "reason": None,
+    } | changes
+    if values["status"] == "ok":
+        values = {"error": 1e-7, "error_budget": 1e-5, "median_ms": float(np.median(times)), "times_ms": times} | values
+    return values
 
 
 def sample(random, rounds=20, factor=1.0, spread=0.05):
@@ -96,12 +97,12 @@ def test_rows_pair_by_what_was_measured():
         assert [c.verdict for c in compare([a], [a | {name: "other"}])] == ["only in A", "only in B"], name
     assert len(compare([a], [a | {"batch": 3}])) == 2
     assert len(compare([a], [a | {"setting": {"latents": 16, "groups": 2}}])) == 2
-    assert len(compare([a], [a | {"setting": {"groups": 2, "latents": 2}}, a | {"error": "", "commit": "x"}])) == 1
+    assert len(compare([a], [a | {"setting": {"groups": 2, "latents": 2}}, a | {"error": 0.0, "commit": "x"}])) == 1
 
 
 def test_missing_and_failed_cases_are_listed():
-    oom = {"status": "out of memory", "error": "tried to allocate 2 GiB [in /a/]", "times_ms": [], "median_ms": None}
-    failed = {"status": "failed", "error": None}
+    oom = {"status": "out of memory", "reason": "tried to allocate 2 GiB [in /a/]"}
+    failed = {"status": "failed", "reason": None}
     a = [row(case="gone"), row(case="broken now"), row(**oom, case="works now"), row(**oom, case="never")]
     a += [row(case="at times"), row(case="at times", **failed), row(case="few"), row(**failed, case="gone too")]
     b = [row(**oom, case="broken now"), row(case="works now"), row(**failed, case="never")]
@@ -170,7 +171,7 @@ def test_the_table_has_columns_for_what_differs():
 
 def test_read_gives_the_rows_or_names_the_faulty_line(tmp_path):
     path = tmp_path / "results.jsonl"
-    rows = [row(), row(status="failed", error="x", times_ms=[], median_ms=None)]
+    rows = [row(), row(status="failed", reason="x"), row(status="wrong", reason="x", error=0.5)]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert read(path) == rows
     faults = {

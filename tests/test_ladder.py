@@ -36,10 +36,14 @@ def option(command, name):
 @pytest.fixture
 def processes(monkeypatch):
     """Plays the processes: what each command was given, and what each writes, returns or raises."""
-    commands, outcomes = [], {}
+    commands, outcomes, measured = [], {}, []
 
     def run(command, *, cwd, capture_output, timeout):
         assert capture_output
+        if command[3] == "roofline":
+            measured.append(command[4:])
+            results.Path(option(command, "--out")).touch()
+            return subprocess.CompletedProcess(command, 0, b"", b"")
         commands.append((command, cwd, timeout))
         how = tuple(option(command, name) for name in ("--path", "--execution", "--dtype"))
         outcome = outcomes.get(how[0], {})
@@ -57,7 +61,7 @@ def processes(monkeypatch):
 
     results.environment("cpu")  # asks git, once
     monkeypatch.setattr(ladder.subprocess, "run", run)
-    return commands, outcomes
+    return commands, outcomes, measured
 
 
 def climbed(execution="blocks", mode="inference", **limits):
@@ -65,7 +69,7 @@ def climbed(execution="blocks", mode="inference", **limits):
 
 
 def test_one_fresh_process_a_rung(processes):
-    commands, _ = processes
+    commands, *_ = processes
     rows = climbed()
     assert len(rows) == len(commands) == len(RUNGS)
     for command, cwd, timeout in commands:
@@ -75,7 +79,7 @@ def test_one_fresh_process_a_rung(processes):
         given = {name: option(command, name) for name in command[4::2]}
         assert given.keys() == {
             *("--case", "--mode", "--device", "--preset", "--batch", "--path", "--execution", "--dtype"),
-            *("--seconds", "--out"),
+            *("--seconds", "--out", "--limits"),
         }
         assert [given[n] for n in ("--case", "--mode", "--device", "--preset", "--batch", "--seconds")] == [
             *("ave", "inference", "cpu", "small", "4", "1.5")
@@ -98,8 +102,32 @@ def test_one_fresh_process_a_rung(processes):
     assert {r["status"] for r in rows} == {"ok"}
 
 
+@pytest.mark.parametrize("mode", ladder.RUNGS)
+def test_all_rungs_have_the_same_limits(processes, mode):
+    commands, _, measured = processes
+    climbed(mode=mode)
+    assert [option(command, "--dtype") for command in measured] == ["float32", "bfloat16"]
+    (limits,) = {option(command, "--out") for command in measured}
+    assert {option(command, "--limits") for command, *_ in commands} == {limits}
+    assert all("--measure" in command and option(command, "--device") == "cpu" for command in measured)
+
+
+def test_limits_that_could_not_be_measured_are_left_to_the_rungs(processes, monkeypatch):
+    commands, *_ = processes
+    true = ladder.subprocess.run
+
+    def run(command, **options):
+        if command[3] == "roofline":
+            raise subprocess.TimeoutExpired(command, 60)
+        return true(command, **options)
+
+    monkeypatch.setattr(ladder.subprocess, "run", run)
+    assert {row["status"] for row in climbed()} == {"ok"}
+    assert not any("--limits" in command for command, *_ in commands)
+
+
 def test_the_ladder_of_training(processes):
-    commands, _ = processes
+    commands, *_ = processes
     rows = climbed(mode="training")
     assert {option(command, "--mode") for command, *_ in commands} == {row["mode"] for row in rows} == {"training"}
     ways = [tuple(option(command, n) for n in ("--path", "--execution", "--dtype")) for command, *_ in commands]
@@ -128,7 +156,7 @@ def test_every_rung_can_be_asked_for(mode):
 
 
 def test_an_eager_ladder_compiles_nothing(processes):
-    commands, _ = processes
+    commands, *_ = processes
     rows = climbed("eager")
     assert [option(command, "--execution") for command, *_ in commands] == ["eager"] * 6 + ["graph"]
     for row, path in ((rows[2], "released-bmm"), (rows[-1], "optimized")):
@@ -137,7 +165,7 @@ def test_an_eager_ladder_compiles_nothing(processes):
 
 
 def test_whatever_becomes_of_a_rung_is_a_row(processes):
-    _, outcomes = processes
+    _, outcomes, _ = processes
     outcomes |= {
         "released": subprocess.TimeoutExpired("python", 60),
         "released-bmm": subprocess.CompletedProcess([], -9, b"", b"first line\nKilled: \xff memory\n"),
@@ -165,14 +193,14 @@ def test_whatever_becomes_of_a_rung_is_a_row(processes):
 
 
 def test_without_a_timeout(processes):
-    commands, _ = processes
+    commands, *_ = processes
     climbed(timeout=math.inf)
     assert {timeout for *_, timeout in commands} == {None}
 
 
 def test_a_budget_for_all_rungs(processes, monkeypatch):
-    commands, _ = processes
-    clock = iter([100.0, 100.0, 150.0, 170.0, *[180.0] * 6])
+    commands, *_ = processes
+    clock = iter([100.0, 100.0, 100.0, 100.0, 150.0, 170.0, *[180.0] * 6])  # two of them for the limits
     monkeypatch.setattr(ladder.time, "monotonic", lambda: next(clock))
     rows = climbed(budget=80.0)
     assert [timeout for *_, timeout in commands] == [60.0, 30.0, 10.0]

@@ -118,6 +118,35 @@ def test_two_tensors_at_once_count_twice():
     assert Memory("cpu").peak(step) == pytest.approx(12, rel=0.05)
 
 
+class Card:
+    """Stands in for a card's allocator: what is held, and the most since the last reset."""
+
+    def __init__(self, monkeypatch):
+        self.held = self.most = 2**20
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: self.held)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self.most)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(self, "most", self.held))
+        for name in ("empty_cache", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+
+    def take(self, mib):
+        self.held += mib * 2**20
+        self.most = max(self.most, self.held)
+
+
+def test_what_building_alone_took_is_not_a_captured_paths_peak(monkeypatch):
+    card = Card(monkeypatch)
+    memory = Memory("cuda")
+    card.take(8)  # wide weights
+    card.take(4)  # narrow ones
+    card.take(-8)
+    memory.note_built()
+    card.take(2)  # a graph's own, while it is captured
+    card.take(-1)
+    memory.note_capture()
+    assert memory.peak(lambda: None) == 4 + 2
+
+
 # Matrix work
 
 
@@ -159,6 +188,13 @@ def test_matrix_work_scales_and_counts_bytes():
     assert (op.name, op.calls, op.flops, op.bytes) == ("mm", 3, 2 * 4 * 6 * 10, 2 * (24 + 60 + 40))
     (op,) = work.ops(4, 2.5)
     assert (op.calls, op.flops, op.bytes) == (3, 1200, 1240)
+    # Weights, also a part of them, are read once for all clips.
+    with MatrixWork([torch.ones(12), b]) as work:
+        torch.mm(a, b)
+        torch.mm(a, b[:, 5:])
+    whole, part = work.ops(4, 2.5)
+    assert (whole.flops, whole.bytes) == (1200, 4 * (2.5 * (24 + 40) + 60))
+    assert (part.flops, part.bytes) == (600, 4 * (2.5 * (24 + 20) + 30))
 
 
 # Execution

@@ -1,6 +1,8 @@
 import json
 import math
 import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +127,28 @@ def test_a_card_without_nvml_is_named_by_torch(monkeypatch):
     monkeypatch.setattr(results, "_nvml", lambda what: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert results.folder("cuda").name == "nvidia-h200"
+
+
+@pytest.mark.parametrize("initialised", [True, False])
+def test_the_card_that_is_read_is_torchs(monkeypatch, initialised):
+    """NVML lists another card first."""
+    cards = {"GPU-aa-1": ("NVIDIA T4", 585), "GPU-bb-2": ("NVIDIA H200", 1980)}
+
+    class Nvml(ModuleType):
+        NVMLError, NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = KeyError, 1, 2, 0
+        nvmlInit = nvmlShutdown = staticmethod(lambda: None)
+        nvmlDeviceGetHandleByIndex = staticmethod([*cards].__getitem__)
+        nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: cards[uuid] and uuid)
+        nvmlDeviceGetName = staticmethod(lambda card: cards[card][0])
+        nvmlDeviceGetClockInfo = staticmethod(lambda card, which: cards[card][1])
+        nvmlDeviceGetPowerUsage = nvmlDeviceGetTemperature = staticmethod(lambda *_: 40)
+
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml("pynvml"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialised)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=["bb-2"][index]))
+    name, mhz = cards["GPU-bb-2" if initialised else "GPU-aa-1"]
+    assert results.device_name("cuda") == name
+    assert results.clocks("cuda")["sm_mhz"] == mhz
 
 
 def test_clocks_need_a_card(monkeypatch):

@@ -3,6 +3,7 @@ import io
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -313,6 +314,11 @@ def test_limits_are_measured():
     for wrong in ("tf32", "int8"):
         with pytest.raises(ValueError, match=f"dtype: expected .*float64.* on cpu, got '{wrong}'"):
             roofline.measure_limits("cpu", wrong)
+
+
+def test_a_limit_is_the_best_round():
+    delays = iter([0.03, 0.03, 0.03, 0.001, 0.03, 0.03])
+    assert roofline._best_seconds(lambda: time.sleep(next(delays)), "cpu") < 0.02
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks import measure, results, roofline
 from benchmarks import run as runner
-from benchmarks.cases import CASES, PRESETS, Case, Problem, _draw
+from benchmarks.cases import CASES, PRESETS, Case, Problem, Trained, _draw
 from benchmarks.measure import PRECISIONS, Unavailable, relative_error
 from benchmarks.run import Selection, Truth, measure_all
 
@@ -124,7 +124,7 @@ def rows_of(**changes):
         "seconds": 0.0,
     }
     rows = []
-    for _ in measure_all(Selection(**(values | changes)), rows.append):
+    for _ in measure_all(Selection(**(values | changes)), rows.append, {}):
         pass
     for row in rows:
         json.dumps(row, allow_nan=False)
@@ -153,6 +153,8 @@ def test_a_row_has_all_columns(case, mode, batch, tmp_path):
     products = 2 * 4 * batch * (6 * 8 + 8 * 3)
     # The first layer's inputs need no gradient.
     assert row["flops"] == (products if mode == "inference" else 3 * products - 2 * 4 * batch * 6 * 8)
+    if mode == "inference":  # weights and biases once, inputs and outputs of both layers for each clip
+        assert row["bytes"] == 4 * (6 * 8 + 8 + 8 * 3 + 3 + 4 * batch * (6 + 8 + 8 + 3))
     assert row["tflops_per_s"] == pytest.approx(row["flops"] / row["median_ms"] * 1e3 / 1e12)
     assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] * 1e3 / 1e9)
     assert row["roofline_share"] == pytest.approx(row["roofline_ms"] / row["median_ms"])
@@ -175,7 +177,7 @@ def test_wrong_outputs_get_no_time(case, mode):
     for path in ("wrong", "broken"):
         row = rows[path]
         assert row["status"] == "wrong"
-        assert re.fullmatch(r"error \S+ is over the budget of \S+", row["reason"])
+        assert re.fullmatch(r"error \S+ of outputs is over the budget of \S+", row["reason"])
         assert not row.keys() & TIMED
     assert rows["wrong"]["error"] == pytest.approx(0.01, rel=0.01)
     assert rows["broken"]["error"] is None
@@ -305,6 +307,19 @@ def test_what_is_refused_is_skipped(case):
     assert (row["status"], row["reason"]) == ("skipped", "CUDA graphs take a CUDA device")
 
 
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_row_has_no_execution_that_did_not_take_place(case, mode):
+    case(optimized=net)
+    rows = rows_of(modes=[mode], executions=["eager", "blocks", "own", "step"])
+    assert [(row["path"], row["execution"]) for row in rows if row["status"] == "ok"] == [
+        ("reference", "eager"),
+        ("optimized", "own"),
+    ]
+    reasons = {(row["path"], row["execution"]): row["reason"] for row in rows if row["status"] == "skipped"}
+    for what in (("reference", "own"), ("reference", "step"), ("optimized", "eager"), ("optimized", "blocks")):
+        assert reasons[what].endswith("executions own and step are its alone")
+
+
 # Selection
 
 
@@ -426,7 +441,7 @@ def test_gradients_are_the_truths(case, repeats):
     step = group._step(module, module, problem.batch(repeats, torch.float32, "cpu"))
     outputs = step(update=False)
     assert outputs.shape == (8 * repeats, 3)
-    assert max(truth.errors("reference", module, outputs, repeats)) < 1e-5
+    assert max(truth.errors("reference", module, outputs, repeats).values()) < 1e-5
     # By hand, in float64, on the clips as they are.
     expected = Net().double()
     expected.load_state_dict(problem.truth.state_dict())
@@ -448,7 +463,7 @@ def test_a_training_step_updates_the_weights(case):
     group = make_group(2)
     module = group.problem.build("reference", torch.float32, "cpu", training=True)
     before = [p.detach().clone() for p in module.parameters()]
-    step = group._step(module, module, group.problem.batch(1, torch.float32, "cpu"))
+    step = group._step(module, module, group.problem.batch(1, torch.float32, "cpu"), runner._adam(module))
     step(update=False)
     assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before))
     gradients = [p.grad.clone() for p in module.parameters()]
@@ -462,14 +477,76 @@ def test_a_training_step_updates_the_weights(case):
         assert (moved.sign() == -gradient[gradient.abs() > 1e-4].sign()).all()
 
 
+def test_every_path_has_the_same_optimiser(case, monkeypatch):
+    made, true = [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: made.append(options) or true(*args, **options))
+    case(folded=lambda truth: Trained(net(truth), net(truth)))
+    assert {row["status"] for row in rows_of(modes=["training"])} <= {"ok", "wrong"}
+    assert made == [{"lr": 1e-6, "fused": True}] * 2
+
+
 def test_the_timed_step_updates_the_weights(case):
     built = []
     case(other=lambda truth: built.append(Scaled(net(truth))) or built[-1])
     assert by_path(rows_of(modes=["training"]))["other"]["status"] == "ok"
     torch.manual_seed(0)
     moved = (built[0].net.second.weight.detach() - Net().second.weight.detach()).abs()
-    # A profiled step, one before the clock and five under it, each of about 1e-6.
+    # One before memory is measured, one for it, one before the clock and five under it, each of about 1e-6.
     assert 4e-6 < moved.max() < 1e-5
+
+
+def test_memory_has_frozen_copies_and_the_optimisers_state(case):
+    class Fast(nn.Module):
+        """Runs what it shares; 4 MiB of its own."""
+
+        def __init__(self, shared, frozen):
+            super().__init__()
+            self.shared, self.frozen = shared, nn.Parameter(torch.zeros(frozen), requires_grad=False)
+
+        def forward(self, x):
+            return self.shared(x)
+
+    def path(frozen, extra):
+        def build(truth):
+            model = net(truth)
+            model.extra = nn.Parameter(torch.ones(extra))
+            model.forward = lambda x: Net.forward(model, x) + 0 * model.extra.sum()
+            return Trained(model, Fast(model, frozen))
+
+        return build
+
+    def mib(frozen, extra):
+        case(other=path(frozen, extra))
+        group = make_group(1)
+        group.problem.gradients = lambda *_: group.truth.gradients  # the truth does not have the one that is extra
+        return group.prepare("other", "eager", "float32").row["peak_mib"]
+
+    least = mib(1, 1)
+    assert mib(2**20, 1) - least == pytest.approx(4, rel=0.01)
+    # The parameter, its gradient and two moments.
+    assert mib(1, 2**20) - least == pytest.approx(16, rel=0.01)
+
+
+def test_memory_begins_when_all_is_built(case, monkeypatch):
+    order = []
+
+    class Memory(measure.Memory):
+        def __init__(self, device):
+            order.append("begins")
+            super().__init__(device)
+
+        def note_built(self):
+            order.append("built")
+
+    class Seen(Scaled):
+        def forward(self, x):
+            order.append("runs")
+            return super().forward(x)
+
+    monkeypatch.setattr(measure, "Memory", Memory)
+    case(other=lambda truth: order.append("builds") or Seen(net(truth)))
+    rows_of(paths=["other"])
+    assert order[:4] == ["begins", "builds", "built", "runs"]
 
 
 def test_labels_repeat_with_their_clips(monkeypatch, case):

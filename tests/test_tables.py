@@ -17,6 +17,7 @@ def row(case="ave", speed=1.0, **changes):
     ms = changes.get("batch", 1) / speed * 1e3
     values = {
         "date": "2030-01-01T00:00:00+00:00",
+        "commit": "abc1234",
         "device": "a card",
         "threads": 1,
         "case": case,
@@ -59,6 +60,27 @@ def printed(table, width=120):
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize("change", [{"commit": "abc1235"}, {"date": "2030-01-02T00:00:00+00:00"}])
+def test_a_ratio_of_rows_of_two_commits_or_days_says_so(change):
+    said = "Ratios with an asterisk are of rows of two commits or days."
+    cmbs = row("cmbs", 2, dtype="float64")
+    network = {"network": "ave-vit-tiny"}
+    slow, timm = row("networks", 2, setting=network), swin("timm", 2, execution="compile")
+    latents = [row("latents", 2, setting={"latents": n}) for n in (1, 2)]
+    fast = row("networks", 3, setting=network, path="optimized", execution="own")
+    for rows, table in (
+        ([cmbs, row(path="released", speed=3)], tables.table_4),
+        ([slow, fast], tables.networks),
+        ([timm, row(speed=3)], tables.headline),
+        (latents, tables.figure_1),
+    ):
+        alike, apart = (table([*rows[:-1], rows[-1] | changes], "paper") for changes in ({}, change))
+        assert said not in str(alike.caption)
+        assert str(apart.caption).endswith(said)
+        assert "x*" in printed(apart, 300)
+        assert "x*" not in printed(alike, 300)
 
 
 # Rows
@@ -268,9 +290,9 @@ def test_table_4_compares_like_with_like():
         "LAVISH, released order": 44,
         "LAVISH, ours": 55,
     }
-    assert tables.table_4_ratios(TABLE_4_ROWS, "paper", "inference") == {"as published": 2, "fastest": 5.5}
-    assert tables.table_4_ratios(TABLE_4_ROWS, "paper", "training") == {"as published": 1.25, "fastest": 1.25}
-    assert tables.table_4_ratios([], "paper", "training") == {"as published": None, "fastest": None}
+    assert tables.table_4_ratios(TABLE_4_ROWS, "paper", "inference") == {"as published": "2.00x", "fastest": "5.50x"}
+    assert tables.table_4_ratios(TABLE_4_ROWS, "paper", "training") == {"as published": "1.25x", "fastest": "1.25x"}
+    assert tables.table_4_ratios([], "paper", "training") == {"as published": "", "fastest": ""}
 
 
 def test_table_4_has_the_papers_numbers_beside_ours():

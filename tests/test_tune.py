@@ -69,7 +69,7 @@ def test_a_measured_row_stays_and_is_not_what_before_means(few, monkeypatch):
     # With the row no launch would succeed.
     monkeypatch.setattr(tune, "_asked", lambda op: _Asked({key}))
     monkeypatch.setattr(tune.Run, "__call__", lambda run: None)
-    monkeypatch.setattr(tune.Run, "errors", lambda *_: [0.0])
+    monkeypatch.setattr(tune.Run, "errors", lambda *_: {"outputs": 0.0})
     assert tune.tune(target(), 0.0).dropped == {}
     assert _tuning.ROWS[key] is row
 
@@ -109,7 +109,38 @@ def test_a_hopeless_candidate_is_neither_checked_nor_timed(few, monkeypatch):
     monkeypatch.setattr(tune.Run, "errors", lambda run, *a: checked.append(run.path) or true(run, *a))
     found = tune.tune(target(), 0.0)
     assert (found.constants, found.milliseconds, found.dropped) == (few[1], 9.0, {"slow": 1})
-    assert checked == ["reference", "fused"]
+    assert checked == ["reference", "fused", "fused"]
+
+
+def without_defaults(monkeypatch, but):
+    """gather_latents writes nothing unless one of the constants in `but` is tried."""
+    from lavish_fast.kernels import gather_latents
+
+    true = gather_latents.launches
+
+    def launches(*args, **kwargs):
+        found = true(*args, **kwargs)  # looks the constants up
+        return found if any(row in but for row in _tuning.ROWS.values()) else []
+
+    monkeypatch.setattr(gather_latents, "launches", launches)
+
+
+def test_wrong_constants_in_use_are_not_the_best(few, monkeypatch):
+    without_defaults(monkeypatch, but=few[:1])
+    # The candidate that is right is slower than those in use.
+    times = iter([1.0, 5.0, 5.0, 5.0])
+    monkeypatch.setattr(measure, "time_rounds", lambda *_: [[next(times)] * 5])
+    found = tune.tune(target(), 0.0)
+    assert (found.constants, found.milliseconds, found.before) == (few[0], 5.0, 1.0)
+    assert found.dropped == {"default wrong": 1, "wrong": 1}
+
+
+def test_where_nothing_is_right_there_is_no_row_to_paste(few, monkeypatch):
+    without_defaults(monkeypatch, but=())
+    found = tune.tune(target(), 0.0)
+    assert found.dropped == {"default wrong": 1, "wrong": 2}
+    assert found.row().endswith("none is right")
+    assert eval("{" + found.row() + "\n}") == {}
 
 
 def test_a_spent_budget_leaves_what_was_found(few):
@@ -131,8 +162,9 @@ def test_every_kernel_has_a_case_that_launches_it(op, monkeypatch, clock):
     assert (found.key[0], *found.key[2:]) == (op, "float32", widths[name])
     assert (found.tried, found.dropped) == (1, {})
     assert found.constants == row
-    gradients = {"gather_latents": 2, "adapter": 4, "window_attention": 1}[name]
-    assert [len(errors) for errors in seen] == [1 + gradients * (mode == "training")] * 2
+    # Of the reference, of the kernel with the default and of the candidate.
+    gradients = {"gather_latents": 2, "adapter": 3 + 1 + 13, "window_attention": 1}[name]
+    assert [len(errors) for errors in seen] == [1 + gradients * (mode == "training")] * 3
 
 
 def test_a_wrong_gradient_is_found(monkeypatch, clock):
