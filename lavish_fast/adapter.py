@@ -26,7 +26,7 @@ class LavishAdapter(nn.Module):
     A fresh adapter with a gate returns exactly zero.
     """
 
-    path = "auto"  # of gather_latents, where the adapter as a whole is not fused
+    path = "auto"  # of gather_latents, where the adapter is called by itself
 
     def __init__(self, width: int, config: AdapterConfig, *, gate: bool = True, cross_modal: bool = True) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class LavishAdapter(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1)) if gate else None
         self.gate_first = config.gate_first
 
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, other: Tensor | None = None, path: str | None = None) -> Tensor:
         """g LN(BN(up(ReLU(BN(down(LN(X'))))))). x (n, N, C), other (n, M, C) or None -> (n, N, C).
 
-        With `gate_first` LN(g BN(...)).
+        With `gate_first` LN(g BN(...)). path: of gather_latents, if another than the adapter's.
         """
         if self.latents is not None:
-            summary = ops.gather_latents(self.latents, other, path=self.path)
+            summary = ops.gather_latents(self.latents, other, path=path or self.path)
             x = reference.read_latents(x, summary, self.gate_av)
         if self.ln_before is not None:
             x = self.ln_before(x)

@@ -49,12 +49,13 @@ def sdpa(
 
     Raises: RuntimeError where this backend does not take these tensors.
     """
-    if backend is None and not q.is_cuda:
-        return _sdpa_on_cpu(q, k, v, logit_scale, bias, mask)
-    shape = v.shape
-    q, k, v, bias = _prepare(q, k, v, logit_scale, bias, mask)
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if backend is None else backend):
-        return F.scaled_dot_product_attention(q, k, v, bias.unsqueeze(0), scale=1.0).view(shape)
+    with torch.autocast(q.device.type, enabled=False):
+        if backend is None and not q.is_cuda:
+            return _sdpa_on_cpu(q, k, v, logit_scale, bias, mask)
+        shape = v.shape
+        q, k, v, bias = _prepare(q, k, v, logit_scale, bias, mask)
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if backend is None else backend):
+            return F.scaled_dot_product_attention(q, k, v, bias.unsqueeze(0), scale=1.0).view(shape)
 
 
 def _sdpa_on_cpu(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:

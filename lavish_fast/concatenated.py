@@ -100,8 +100,8 @@ class Block(nn.Module):
     def frozen(self, x: Tensor) -> Tensor:
         """(n, N, C), without the adapters."""
         x = self.enter(x)
-        x = x + self.p1.norm(self.proj(self.attention(self.qkv(x))))
-        return x + self.p2.norm(self.fc2(self.fc1(x)))
+        x = x + self.p1.drop_path(self.p1.norm(self.proj(self.attention(self.qkv(x)))))
+        return x + self.p2.drop_path(self.p2.norm(self.fc2(self.fc1(x))))
 
     def _after(self, step: Step, x: Tensor, branch: Tensor) -> Tensor:
         return step(*(t.unflatten(0, (self.streams, -1)) for t in (x, branch))).flatten(0, 1)
@@ -165,13 +165,12 @@ class Concatenated(Network):
 
     def _step(self, norm: nn.LayerNorm, adapters: list[LavishAdapter], drop_path: nn.Module) -> nn.Module:
         adapters = [self._trained(adapter) for adapter in adapters]
-        for adapter in adapters:
-            adapter.path = self.path
         return Step(self._frozen(norm), adapters, drop_path, self.path)
 
     def encode(self, *streams: Tensor) -> Encoded:
         """As `Model.encode`."""
-        x, stages, ends = self.embed(torch.cat(streams).to(self.dtype)), [], self._ends()
+        # Stacked, as streams of different lengths would be told apart wrongly.
+        x, stages, ends = self.embed(torch.stack(streams).flatten(0, 1).to(self.dtype)), [], self._ends()
         for i, block in enumerate(self.blocks, 1):
             x = block(x)
             if i in ends:

@@ -53,7 +53,7 @@ class FoldedStep(nn.Module):
 
     def __init__(self, norm: nn.LayerNorm, adapters: list[LavishAdapter], path: str) -> None:
         super().__init__()
-        self.norm, self.path = norm, path
+        self.norm, self.path, self.drop_path = norm, path, nn.Identity()
         first = adapters[0]
         self.eps = [None if ln is None else ln.eps for ln in (first.ln_before, first.ln_after)]
         self.groups = len(first.up) // first.down.shape[1]

@@ -150,7 +150,8 @@ class Model(Network):
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trained, of how many, in the adapters and in the head."""
-        count = {part: sum(p.numel() for p in getattr(self, part).parameters()) for part in ("adapters", "head")}
+        parts = {part: getattr(self, part).parameters() for part in ("adapters", "head")}
+        count = {part: sum(p.numel() for p in parameters if p.requires_grad) for part, parameters in parts.items()}
         trainable, total = sum(count.values()), sum(p.numel() for p in self.parameters())
         print(
             f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%}): "

@@ -7,6 +7,7 @@ types and shapes and on whether gradients are wanted, on nothing else. `recordin
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -48,18 +49,26 @@ class Choice(NamedTuple):
     constants: str = ""
 
 
-_records: list[list[Choice]] = []
+class _Recordings(threading.local):
+    """The lists of the recordings under way, each thread's own."""
+
+    def __init__(self) -> None:
+        self.lists: list[list[Choice]] = []
+
+
+_recordings = _Recordings()
 
 
 @contextmanager
 def recording() -> Iterator[list[Choice]]:
-    """A list that every choice made inside is appended to, in order."""
+    """A list that every choice made inside, in the same thread, is appended to, in order."""
     found: list[Choice] = []
-    _records.append(found)
+    _recordings.lists.append(found)
     try:
         yield found
     finally:
-        _records.remove(found)
+        # Lists of the same choices are equal, and two recordings need not end in the order in which they began.
+        _recordings.lists = [other for other in _recordings.lists if other is not found]
 
 
 def check_path(path: str) -> None:
@@ -68,10 +77,18 @@ def check_path(path: str) -> None:
         raise ValueError(f"path: expected 'auto', 'fused' or 'reference', got {path!r}")
 
 
-def choose(op: str, path: str, x: Tensor, width: int, reasons: Callable[[], list[str]]) -> bool:
+def choose(
+    op: str,
+    path: str,
+    x: Tensor,
+    width: int,
+    reasons: Callable[[], list[str]],
+    launched: Sequence[str] = (),
+) -> bool:
     """Whether `op` takes its fused path for the stream `x`.
 
-    width: as in `Choice`. reasons: why the kernel cannot, as a list of sentences.
+    width: as in `Choice`. reasons: why the kernel cannot, as a list of sentences. launched: the names that its launch
+    constants go by, where they are not `op`.
 
     Raises: ValueError for an unknown path, or when "fused" is asked for and cannot be had.
     """
@@ -84,17 +101,18 @@ def choose(op: str, path: str, x: Tensor, width: int, reasons: Callable[[], list
         found = reasons()
     if path == "fused" and found:
         raise ValueError(f"{op}: expected tensors that the fused kernel takes, got: {'; '.join(found)}")
-    _record(op, x, "reference" if found else "fused", found, width)
+    _record(op, x, "reference" if found else "fused", found, width, launched or [op])
     return not found
 
 
-def _record(op: str, x: Tensor, path: str, reasons: list[str], width: int) -> None:
-    for found in _records:
+def _record(op: str, x: Tensor, path: str, reasons: list[str], width: int, launched: Sequence[str] = ()) -> None:
+    for found in _recordings.lists:
         constants = ""
         if path == "fused":
             from lavish_fast.kernels import _launch, _tuning
 
-            constants = _tuning.row(op, _launch.architecture(x.device), x.dtype, width)[1]
+            rows = [_tuning.row(name, _launch.architecture(x.device), x.dtype, width)[1] for name in launched]
+            constants = rows[0] if len(set(rows)) == 1 else "; ".join(map(": ".join, zip(launched, rows)))
         found.append(Choice(op, tuple(x.shape), x.dtype, path, reasons, width, constants))
 
 
@@ -133,7 +151,8 @@ def adapter(
     # Trained latents may be wider than the streams.
     latents = [None if a.latents is None else a.latents.to(x.dtype) for a, x in zip(adapters, xs, strict=True)]
     reasons = partial(_adapter_reasons, xs, branches, adapters, latents, norm, drop_path, training, batch)
-    if choose("adapter", path, xs[0], xs[0].shape[-1], reasons):
+    launched = ["adapter_training", "adapter_training_bwd"] if training else ["adapter"]
+    if choose("adapter", path, xs[0], xs[0].shape[-1], reasons, launched):
         summaries = None if latents[0] is None else gather_kernel.gather_latents(latents, others)
         eps, outs = _eps(adapters, norm), []
         for part in _launches(xs):
@@ -148,7 +167,7 @@ def adapter(
             outs.append(out)
         return outs[0] if len(outs) == 1 else [out[0] for out in outs]
     branches = [drop_path(b if norm is None else norm(b)) for b in branches]
-    return [x + b + adapt(x, other) for x, b, adapt, other in zip(xs, branches, adapters, others, strict=True)]
+    return [x + b + adapt(x, other, path) for x, b, adapt, other in zip(xs, branches, adapters, others, strict=True)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, path: str = "auto") -> Tensor:
@@ -209,6 +228,10 @@ def _adapter_reasons(xs, branches, adapters, latents, norm, drop_path, training,
     norms = _batch_norms(adapters)
     if batch and any(type(n) is not nn.BatchNorm1d or n.momentum is None or n.running_mean is None for n in norms):
         found.append("expected BatchNorm1d with momentum and running statistics, got another BatchNorm")
+    if not batch and any(n.running_mean is None for n in norms):
+        found.append("expected running statistics of each BatchNorm, got none")
+    if len({tuple(_eps([adapter], norm)) for adapter in adapters}) > 1:
+        found.append("expected norms of the same eps in both streams, got others")
     if len({n.training for n in norms}) > 1:
         found.append("expected all BatchNorms in training or all in evaluation, got some of each")
     if latents[0] is not None:

@@ -10,8 +10,9 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
-from itertools import groupby
+from itertools import groupby, zip_longest
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 
 from lavish_fast import ops, tasks
 from lavish_fast.adapter import BlockAdapters
+from lavish_fast.backbones import DropPath
 from lavish_fast.concatenated import Concatenated, sharing
 from lavish_fast.config import Config
 from lavish_fast.inference import Inference
@@ -59,7 +61,8 @@ def optimize(
         training: whether it is to be trained.
         dtype: of weights and arithmetic, e.g. torch.bfloat16; that of the model without it. Inputs may be of any
             floating type, the probabilities come in the model's. In training it is the frozen weights' and the
-            streams', and the trained parameters, where theirs is wider, run under autocast, as a ViT does as a whole.
+            streams', and may be another than the trained parameters' only where these are float32 and it is bfloat16 or
+            float16: they then run under autocast, as a ViT does as a whole.
         path: of every op: "auto", "fused" (an error where a kernel cannot be had) or "reference".
         compile: whether the blocks go through torch.compile, one of each kind and at the first call; the code
             serves every batch size.
@@ -80,11 +83,9 @@ def optimize(
     cuda = parameter.is_cuda
     if cuda_graphs and not cuda:
         raise ValueError(f"cuda_graphs: expected a model on a CUDA device, got one on {parameter.device}")
-    sizes = BATCH_SIZES if batch_sizes is None else tuple(batch_sizes)
-    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"batch_sizes: expected clips, at least 1 each, got {batch_sizes}")
+    sizes = _clips(batch_sizes)
     if training:
-        return FastTraining(model, dtype, path, compile, cuda_graphs, batch_sizes, checkpointing)
+        return FastTraining(model, dtype, path, compile, cuda_graphs, sizes, checkpointing)
     if checkpointing:
         raise ValueError("checkpointing: expected training=True, got a model for inference")
     if model.config.backbone.kind == "swinv2":
@@ -98,7 +99,7 @@ def optimize(
     explain(network)  # raises where "fused" cannot be had
     if compile:
         _compile(parts)
-    sizes = sorted({size * model.config.images for size in sizes})
+    sizes = sorted({size * model.config.images for size in sizes or BATCH_SIZES})
     return Fast(model, network, dtype or parameter.dtype, sizes if cuda and cuda_graphs is not False else None)
 
 
@@ -116,12 +117,23 @@ class Fast:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs for what `Model.forward` takes, on the model's device.
+        """The outputs for what `Model.forward` takes, on the model's device; under autocast the same.
 
         Raises: ValueError naming the input, what was expected and what came.
         """
-        given = _inputs(self.config, self._device, args, kwargs)
-        return _cast(self._run(*_cast(given, self._dtype)), self._out_dtype)
+        given = _inputs(self.config, self._device, self._dtype, args, kwargs)
+        with torch.autocast(self._device.type, enabled=False):
+            return _cast(self._run(*given), self._out_dtype)
+
+
+def _clips(batch_sizes: Any) -> set[int] | None:
+    """Batch sizes, or None for none. Raises: ValueError for anything but numbers of clips."""
+    if batch_sizes is None:
+        return None
+    sizes = tuple(batch_sizes) if isinstance(batch_sizes, Iterable) else ()
+    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"batch_sizes: expected clips, at least 1 each, got {batch_sizes}")
+    return set(sizes)
 
 
 def _cast(tensors: Any, dtype: torch.dtype) -> Any:
@@ -129,13 +141,15 @@ def _cast(tensors: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, tensors)
 
 
-def _inputs(config: Config, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """What `Model.classify` takes of the arguments of `Model.forward`, once all of it is on the device."""
+def _inputs(
+    config: Config, device: torch.device, dtype: torch.dtype, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, ...]:
+    """What `Model.classify` takes of the arguments of `Model.forward`, once all of it is on the device, in a type."""
     given = tasks.load(config.task).inputs(config, *args, **kwargs)
     for name, x in given.items():
         if x.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
-    return tuple(given.values())
+    return _cast(tuple(given.values()), dtype)
 
 
 class FastTraining(nn.Module):
@@ -148,7 +162,9 @@ class FastTraining(nn.Module):
     Nothing is captured with SyncBatchNorm, or where checkpointing meets a drop path. Under DistributedDataParallel take
     `cuda_graphs=False`; it then broadcasts BatchNorm's buffers, not the frozen weights, of which each rank has its own.
 
-    network: the module that runs. dtype: of its arithmetic.
+    It stays on its device and in its types: after the model has moved, call `optimize` on it anew.
+
+    network: the module that runs. dtype: of its arithmetic. taken: the type that inputs are cast to.
     """
 
     def __init__(
@@ -158,22 +174,30 @@ class FastTraining(nn.Module):
         path: str,
         compile: bool,
         cuda_graphs: bool | None,
-        batch_sizes: Sequence[int] | None,
+        batch_sizes: set[int] | None,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        trained = next(model.head.parameters()).dtype
+        if dtype not in (None, trained) and (dtype.itemsize, trained) != (2, torch.float32):
+            expected = f"{trained}, the trained parameters'"
+            expected += ", or beside it torch.bfloat16 or torch.float16" if trained == torch.float32 else ""
+            raise ValueError(f"dtype: expected {expected}, got {dtype}")
         self.config, self.checkpointing = model.config, checkpointing
         self._out_dtype = next(model.parameters()).dtype
         self.dtype = dtype or self._out_dtype
         if model.config.backbone.kind == "swinv2":
             self.network: nn.Module = Concatenated(model, dtype=dtype, path=path)
-            self._autocast, parts = None, self.network.blocks  # it has its own
+            self._autocast, self.taken = None, self.network.dtype  # it has its own autocast
+            parts = frozen = self.network.blocks
         else:
             self.network = sharing(model).set_path(path)
-            self._autocast, parts = dtype, self.network.adapters
+            self._autocast, self.taken = dtype, self._out_dtype
+            parts, frozen = self.network.adapters, self.network.backbone.blocks[-len(self.network.adapters) :]
+        self.train()
         explain(self)  # raises where "fused" cannot be had
         if compile:
-            _compile(parts)
+            _compile(parts, frozen)
         if checkpointing:
             for part in parts:
                 part.forward = _Checkpointed(part, _drops(self.config))
@@ -183,14 +207,21 @@ class FastTraining(nn.Module):
         own = {id(buffer) for buffer in _Statistics(self).buffers}
         # Read by DistributedDataParallel, which would broadcast every buffer before each forward pass.
         self._ddp_params_and_buffers_to_ignore = [n for n, buffer in self.named_buffers() if id(buffer) not in own]
-        self.train()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastTraining:
+        # Other buffers would no longer be the model's, nor those that graphs and checkpointing know.
+        if any(fn(t) is not t for t in (*self.parameters(), *self.buffers())):
+            raise ValueError(
+                "network: expected to keep its device and types, got others: call optimize on the moved model"
+            )
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs for what `Model.forward` takes, on the model's device.
 
         Raises: ValueError naming the input, what was expected and what came.
         """
-        given = _inputs(self.config, next(self.parameters()).device, args, kwargs)
+        given = _inputs(self.config, next(self.parameters()).device, self.taken, args, kwargs)
         return _cast(self._choose(given)(*given), self._out_dtype)
 
     def classify(self, *inputs: Tensor) -> Any:
@@ -201,7 +232,11 @@ class FastTraining(nn.Module):
         classify = _Classify(self.network, self._autocast)
         if not (self._cuda_graphs and self.training and torch.is_grad_enabled()):
             return classify
-        rows, key = len(given[0]), tuple((x.shape, x.dtype) for x in given)
+        # A graph's backward pass is that of the parameters and modes that it was captured with.
+        parameters = list(self.network.parameters())
+        trained = tuple(p.requires_grad for p in parameters)
+        modes = tuple(module.training for module in self.network.modules())
+        rows, key = len(given[0]), (*((x.shape, x.dtype) for x in given), trained, modes)
         if self._sizes is None:
             self._sizes = {rows}
         if rows in self._sizes and key not in self._graphed:
@@ -218,7 +253,7 @@ class FastTraining(nn.Module):
         if key not in self._graphed:
             return classify
         # Autograd may have taken the graph's own gradients, which its next backward overwrites, for the parameters'.
-        if held := [p for p in self.network.parameters() if p.grad is not None]:
+        if held := [p for p in parameters if p.grad is not None]:
             for p, gradient in zip(held, torch._foreach_mul([p.grad for p in held], 1)):
                 p.grad = gradient
         return self._graphed[key]
@@ -302,10 +337,16 @@ class _Classify(nn.Module):
         self.network, self.dtype = network, dtype
 
     def forward(self, *inputs: Tensor) -> Any:
-        if self.dtype in (None, next(self.network.parameters()).dtype):
+        with _arithmetic(self.network, self.dtype):
             return self.network.classify(*inputs)
-        with torch.autocast(inputs[0].device.type, self.dtype, cache_enabled=False):
-            return self.network.classify(*inputs)
+
+
+def _arithmetic(network: nn.Module, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Autocast to `dtype` if that is another than the network's weights'."""
+    weight = next(network.parameters())
+    if dtype in (None, weight.dtype):
+        return contextlib.nullcontext()
+    return torch.autocast(weight.device.type, dtype, cache_enabled=False)
 
 
 class _Flat(nn.Module):
@@ -326,12 +367,16 @@ class _Flat(nn.Module):
         return tree_unflatten([next(given) if tensor else None for tensor in self._tensors], self._structure)
 
 
-def _compile(parts: Iterable[nn.Module]) -> None:
-    """Sends the modules' forward through torch.compile: once for all that are alike, for images of any number."""
+def _compile(parts: Iterable[nn.Module], frozen: Iterable[nn.Module] = ()) -> None:
+    """Sends the modules' forward through torch.compile: once for all that are alike, for images of any number.
+
+    frozen: in training, what of the backbone each of them runs.
+    """
     compiled: dict[Any, Callable] = {}
-    for part in parts:
+    for part, block in zip_longest(parts, frozen):
         tensors = (*part.named_parameters(), *part.named_buffers())
-        kind = type(part), *((name, t.shape, t.dtype) for name, t in tensors)
+        drops = [m.rate for m in block.modules() if isinstance(m, DropPath)] if block is not None else []
+        kind = type(part), *((name, t.shape, t.dtype) for name, t in tensors), *drops
         if kind not in compiled:
             # Dynamo keeps what it compiles with the code object, a handful for each, and past that goes on uncompiled
             # and says nothing. A copy has room of its own, whatever else the process compiles, and goes with the model.
@@ -382,17 +427,18 @@ def explain(model: Model | Concatenated | Fast | FastTraining) -> Explanation:
     training = isinstance(model, FastTraining)
     network = model.network if isinstance(model, (Fast, FastTraining)) else model
     modes = [(module, module.training) for module in network.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    statistics = _Statistics(network)
+    before = statistics.flat()
+    autocast = _arithmetic(network, model._autocast) if training else contextlib.nullcontext()
     try:
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(training), autocast:
             if network.training != training:
                 network.train(training)
             found = list(_choices_by_block(network))
     finally:
         for module, was in modes:
             module.training = was
-        for buffer, before in buffers:
-            buffer.copy_(before)  # zeros are no step of training
+        statistics.put(before)  # zeros are no step of training
     rows: dict[tuple, list[int]] = {}
     for i, choices in enumerate(found):
         for choice in choices:
@@ -513,6 +559,7 @@ class TrainingStep:
             raise ValueError(f"loss_scale: expected a positive number, got {loss_scale}")
         self.network, self.optimizer, self._loss = network, optimizer, loss
         self._device = device = next(network.parameters()).device
+        self._dtype = network.taken if isinstance(network, FastTraining) else next(network.parameters()).dtype
         self._statistics = _Statistics(network)
         self._kept = self._statistics.flat()  # as they were before the step under way
         if loss_scale is None and getattr(network, "dtype", None) == torch.float16:
@@ -525,7 +572,7 @@ class TrainingStep:
         self._graphs = _captures(network, cuda_graphs)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and self._graphs else None
         self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
-        self._sizes = None if batch_sizes is None else set(batch_sizes)
+        self._sizes = _clips(batch_sizes)
         self.reset()
         # It replaces the tensors that a graph writes to.
         optimizer.register_load_state_dict_post_hook(lambda _: self.reset())
@@ -539,7 +586,10 @@ class TrainingStep:
         """Forgets the graphs, and the micro-batches of a step that is not finished."""
         self._abandon()
         groups, device = self.optimizer.param_groups, self._device
-        self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        parameters = [p for group in groups for p in group["params"]]
+        self._parameters = [p for p in parameters if p.requires_grad]
+        for frozen in (p for p in parameters if not p.requires_grad):
+            frozen.grad = None  # or Adam would go on moving it
         self._gradients = [torch.zeros_like(p) for p in self._parameters]
         # Adam's kernel takes float32; a CPU takes a number, as it would from the optimiser.
         rate = torch.float32 if device.type == "cuda" else torch.float64
@@ -571,7 +621,7 @@ class TrainingStep:
 
         Raises: ValueError naming the tensor, what was expected and what came.
         """
-        inputs = _inputs(self.network.config, self._device, args, kwargs)
+        inputs = _inputs(self.network.config, self._device, self._dtype, args, kwargs)
         clips = len(next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
         if not isinstance(labels, Tensor) or labels.device != self._device or not labels.ndim or len(labels) != clips:
             got = f"{tuple(labels.shape)} on {labels.device}" if isinstance(labels, Tensor) else type(labels).__name__
@@ -745,14 +795,15 @@ def _record(function: Callable[[], None], stream: torch.cuda.Stream, pool: Any) 
 class Graphs:
     """`function` of tensors with a row per image, or one per so many, as a CUDA graph for each of `sizes` images.
 
-    A graph is captured when its size is first needed. Graphs share their memory and their inputs' buffers, so that one
-    runs at a time, whichever thread and stream it is called from.
+    A graph is captured when its size is first needed, and another for inputs of another shape, type or number of images
+    to a row. Graphs share their memory and their inputs' buffers, so that one runs at a time, whichever thread and
+    stream it is called from. Where no size is whole rows, the function runs as it is.
     """
 
     def __init__(self, function: Callable[..., Any], sizes: Sequence[int]) -> None:
         self._function, self._sizes = function, sorted(sizes)
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Any]] = {}  # by inputs and size
-        self._inputs: dict[int, list[Tensor]] = {}
+        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Any]] = {}  # by size and kinds of input
+        self._inputs: dict[tuple, Tensor] = {}  # by place and kind
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
 
@@ -761,38 +812,39 @@ class Graphs:
 
         Outputs have as many rows as images, or a fixed share of them.
         """
-        rows, most = len(inputs[0]), self._sizes[-1]
-        if not rows:
+        rows = len(inputs[0])
+        kinds = [(Fraction(len(x), rows or 1), x.shape[1:], x.dtype) for x in inputs]
+        sizes = [size for size in self._sizes if all(size % share.denominator == 0 for share, *_ in kinds)]
+        if not rows or not sizes:
             return self._function(*inputs)
         with self._lock, torch.cuda.device(inputs[0].device):
             stream = torch.cuda.current_stream()
             if self._done is not None:
                 stream.wait_event(self._done)  # the last call's graph may run on another stream still
             parts = []
-            for first in range(0, rows, most):
-                last = min(first + most, rows)
-                parts.append(self._replay([x[first * len(x) // rows : last * len(x) // rows] for x in inputs]))
+            for first in range(0, rows, sizes[-1]):
+                last = min(first + sizes[-1], rows)
+                size = next(size for size in sizes if size >= last - first)
+                part = [x[int(first * share) : int(last * share)] for x, (share, *_) in zip(inputs, kinds)]
+                parts.append(self._replay(part, kinds, size))
             self._done = stream.record_event()
         if len(parts) == 1:
             return parts[0]
         return tree_map(lambda *outputs: None if outputs[0] is None else torch.cat(outputs), *parts)
 
-    def _replay(self, inputs: list[Tensor]) -> Any:
-        rows, count = len(inputs[0]), len(inputs)
-
-        def share(x: Tensor, size: int) -> int:
-            return size * len(x) // rows
-
-        if count not in self._inputs:
-            self._inputs[count] = [x.new_zeros(share(x, self._sizes[-1]), *x.shape[1:]) for x in inputs]
-        size = next(size for size in self._sizes if size >= rows)
-        own = [static[: share(x, size)] for static, x in zip(self._inputs[count], inputs)]
-        if (count, size) not in self._graphs:
+    def _replay(self, inputs: list[Tensor], kinds: list[tuple], size: int) -> Any:
+        rows, own = len(inputs[0]), []
+        for place, (x, kind) in enumerate(zip(inputs, kinds)):
+            if (place, kind) not in self._inputs:
+                self._inputs[place, kind] = x.new_zeros(int(self._sizes[-1] * kind[0]), *x.shape[1:])
+            own.append(self._inputs[place, kind][: int(size * kind[0])])
+        key = size, *kinds
+        if key not in self._graphs:
             pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
-            self._graphs[count, size] = _capture(self._function, own, pool)
+            self._graphs[key] = _capture(self._function, own, pool)
         for static, x in zip(own, inputs):
             static[: len(x)].copy_(x)
-        graph, outputs = self._graphs[count, size]
+        graph, outputs = self._graphs[key]
         graph.replay()
         return tree_map_only(Tensor, lambda x: x[: len(x) * rows // size].clone(), outputs)
 
@@ -807,7 +859,8 @@ def _capture(function: Callable, inputs: Sequence[Tensor], pool: Any = None) -> 
             function(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Other threads may go on working meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         outputs = function(*inputs)
     return graph, outputs
 

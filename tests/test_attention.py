@@ -64,6 +64,15 @@ def assert_close(got, tensors, limit=None):
     assert worst <= 5 * (limit or LIMITS[dtype])
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_the_types_as_they_are(dtype, masked):
+    tensors = draw(dtype, masked=masked)
+    expected = attention.sdpa(*tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention.sdpa(*tensors), expected)
+
+
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("masked", [False, True])

@@ -126,6 +126,16 @@ def test_drop_path_is_the_configurations():
     assert torch.equal(fast.eval()(*given(fast)), fast(*given(fast)))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_images_are_the_models(training):
+    model, found = make(backbone=DROPPING).train(training), []
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for network in (model, optimize(model, training=training, compile=False).network):
+        torch.manual_seed(1)
+        found.append(network.frozen(images))
+    torch.testing.assert_close(*found)
+
+
 def test_compiled_training(monkeypatch):
     def compile(function, **options):
         return torch._dynamo.optimize("aot_eager", dynamic=options["dynamic"])(function)
@@ -148,6 +158,42 @@ def test_explain_says_what_training_takes():
     assert {row["path"] for row in rows} == {"reference"}
 
 
+@pytest.mark.parametrize("changes", [{}, {"backbone": VIT}])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_explain_sees_the_types_of_training(changes, dtype):
+    fast = optimize(make(**changes), training=True, dtype=dtype, compile=False)
+    with ops.recording() as choices:
+        fast(*given(fast))
+    taken = {(choice.op, str(choice.dtype)) for choice in choices}
+    assert {(row["op"], f"torch.{row['dtype']}") for row in explain(fast)} == taken
+
+
+def test_fused_is_refused_where_autocast_keeps_streams_wide():
+    # A ViT's streams are float32 under autocast, its branches are not.
+    backbone = ViTConfig(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2)
+    model = make(backbone=backbone, frames=1).to(DEVICE)
+    inputs = [x.to(DEVICE) for x in tiny_inputs(1, frames=1)]
+    fast = optimize(model, training=True, path="fused", compile=False, cuda_graphs=False)
+    assert fast(*inputs).isfinite().all()
+    with pytest.raises(ValueError, match=r"adapter: .*expected tensors of one type, got float16, float32"):
+        optimize(model, training=True, dtype=torch.float16, path="fused", compile=False)
+
+
+def test_explain_between_a_forward_pass_and_its_backward_pass():
+    gradients = []
+    for look in (False, True):
+        model = make()
+        fast = optimize(model, training=True, compile=False)
+        loss = ave.loss(fast(*given(model)), labels())
+        before = {name: t.clone() for name, t in fast.state_dict().items()}
+        if look:
+            explain(fast)
+        assert all(torch.equal(t, before[name]) for name, t in fast.state_dict().items())
+        loss.backward()
+        gradients.append([p.grad for _, p in model.trainable_parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_bad_calls_are_named():
     model = make()
     fast = optimize(model, training=True, compile=False)
@@ -157,6 +203,40 @@ def test_bad_calls_are_named():
         fast(given(model)[0].to("meta"), given(model)[1])
     with pytest.raises(ValueError, match="concatenated: expected a model on a swinv2, got one on a vit"):
         Concatenated(make(backbone=VIT))
+    for network in (model, fast.network):
+        with pytest.raises(RuntimeError):  # streams of different numbers of images
+            network.classify(torch.randn(2, 3, 32, 32), torch.randn(4, 3, 32, 32))
+
+
+@pytest.mark.parametrize("changes", [{}, {"backbone": VIT}])
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.bfloat16])
+def test_types_of_training(changes, own):
+    model, narrow = make(own, **changes), (torch.bfloat16, torch.float16)
+    for dtype in (None, torch.float64, torch.float32, *narrow):
+        if dtype in (None, own) or (own == torch.float32 and dtype in narrow):
+            fast, found = optimize(model, training=True, dtype=dtype, compile=False), []
+            assert fast.dtype == (dtype or own)
+            for given_as in (torch.bfloat16, torch.float32, torch.float64):
+                out = fast(*(x.to(given_as) for x in given(model, dtype=torch.bfloat16)))
+                out.float().square().sum().backward()
+                assert out.dtype == own
+                found.append(out)
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+        else:
+            with pytest.raises(ValueError, match=f"^dtype: expected {own}, the trained parameters'.*, got {dtype}$"):
+                optimize(model, training=True, dtype=dtype, compile=False)
+
+
+@pytest.mark.parametrize("changes", [{}, {"backbone": VIT}])
+def test_it_is_not_moved_or_cast(changes):
+    fast = optimize(make(**changes), training=True, compile=False)
+    before = {name: t.data_ptr() for name, t in fast.state_dict().items()}
+    assert fast.to("cpu", torch.float32) is fast
+    for move in (fast.double, fast.bfloat16, lambda: fast.to("meta")):
+        with pytest.raises(ValueError, match=r"network: expected .* call optimize on the moved model"):
+            move()
+    assert {name: t.data_ptr() for name, t in fast.state_dict().items()} == before
 
 
 def pretended_graphs(module, inputs, allow_unused_input):
@@ -202,6 +282,33 @@ def test_gradients_accumulate_over_graphs(monkeypatch):
     for name, buffer in model.trainable_state_dict().items():
         torch.testing.assert_close(other.trainable_state_dict()[name], buffer, msg=name)
     assert torch.equal(fast.eval()(*given(model)), plain.eval()(*given(model)))
+
+
+def test_a_graph_is_of_what_was_trained_then(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_graphs)
+    model = make()
+    other = copy.deepcopy(model)
+    plain, fast = (optimize(m, training=True, compile=False) for m in (model, other))
+    fast._cuda_graphs = True
+
+    def freeze(own, module):
+        own.head.requires_grad_(False)
+
+    def evaluate(own, module):
+        next(m for m in module.modules() if isinstance(m, nn.BatchNorm1d)).eval()
+
+    def thaw(own, module):
+        own.head.requires_grad_(True)
+
+    for step, change in enumerate((lambda *_: None, freeze, evaluate, thaw)):
+        for own, module in ((model, plain), (other, fast)):
+            change(own, module)
+            own.zero_grad()
+            ave.loss(module(*given(model, seed=step)), labels()).backward()
+        for (name, p), (_, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, msg=f"{step} {name}")
+        torch.testing.assert_close(other.trainable_state_dict(), model.trainable_state_dict())
+    assert len(fast._graphed) == 4
 
 
 @pytest.mark.gpu

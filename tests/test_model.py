@@ -107,7 +107,7 @@ def test_golden_gradients_with_batch_norm_in_the_released_layout(monkeypatch, re
     # The golden's gradients carry torch's wrong BatchNorm backward for the released memory layout. In that layout
     # the model gives them too; ours are the true ones (the next test).
     run = golden("ave_swin_paper")
-    monkeypatch.setattr(LavishAdapter, "forward", _released_layout)
+    monkeypatch.setattr(LavishAdapter, "forward", lambda self, x, other, path: _released_layout(self, x, other))
     *_, gradients = training_step(run)
     compared = {key: expected for key, expected in run.gradients.items() if expected.norm() >= ROUNDING}
     errors = {key: relative_error(gradients[key], expected) for key, expected in compared.items()}
@@ -133,7 +133,7 @@ def test_gradients_with_batch_norm_are_the_true_ones(monkeypatch):
         slope = (p.grad * direction).sum()
         torch.testing.assert_close((above - below) / (2 * step), slope, rtol=1e-3, atol=1e-8)
 
-    monkeypatch.setattr(LavishAdapter, "forward", lambda self, x, other: _released_layout(self, x, other, True))
+    monkeypatch.setattr(LavishAdapter, "forward", lambda self, x, other, path: _released_layout(self, x, other, True))
     *_, mended = training_step(run)
     for key, expected in mended.items():
         assert expected.norm() < ROUNDING or relative_error(ours[key], expected) <= 1e-6, key
@@ -148,9 +148,9 @@ def test_golden_gradients_through_the_kernels(name, frames, monkeypatch, record_
     """
     run, choose = golden(name), ops.choose
 
-    def as_on_a_card(op, path, x, width, reasons):
+    def as_on_a_card(op, path, x, width, reasons, *launched):
         fused = path == "auto" and (DEVICE == "cuda" or x.shape[1] <= 36) and not reasons()
-        return choose(op, "fused" if fused else "reference", x, width, reasons)
+        return choose(op, "fused" if fused else "reference", x, width, reasons, *launched)
 
     monkeypatch.setattr(ops, "choose", as_on_a_card)
 
@@ -200,6 +200,10 @@ def test_trainable_parameters_of_the_paper():
     with contextlib.redirect_stdout(io.StringIO()) as out:
         model.print_trainable_parameters()
     assert "10,036,061 of 205,238,993 (4.89%)" in out.getvalue()
+    model.head.requires_grad_(False)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        model.print_trainable_parameters()
+    assert "8,447,808 of 205,238,993 (4.12%): adapters 8,447,808, head 0" in out.getvalue()
 
 
 def test_the_full_preset_runs_a_clip():

@@ -3,14 +3,20 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from lavish_fast.kernels import _checks
+from lavish_fast.kernels import _checks, _launch, _tuning
 
+from kernel_parity import DEVICE
 from lavish_fast import ops, reference
-from parity import ROOT
+from lavish_fast.adapter import LavishAdapter
+from lavish_fast.backbones import DropPath
+from lavish_fast.config import AdapterConfig
+from parity import ROOT, randomise
 
 
 def test_auto_on_a_cpu_is_the_reference():
@@ -64,6 +70,83 @@ def test_recordings_nest_and_end():
             ops.gather_latents(latents, other)
     ops.gather_latents(latents, other)
     assert (len(outer), len(inner)) == (2, 1)
+    with ops.recording() as outer:
+        with ops.recording() as inner:
+            pass  # equal to the outer one
+        ops.gather_latents(latents, other)
+    assert (len(outer), len(inner)) == (1, 0)
+
+
+def test_recordings_are_a_threads_own():
+    latents, other, meeting = torch.rand(2, 8), torch.randn(3, 5, 8), threading.Barrier(4)
+
+    def record(count):
+        with ops.recording() as choices:
+            meeting.wait()
+            for _ in range(count):
+                ops.gather_latents(latents, other)
+            meeting.wait()
+        return len(choices)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(record, range(4))) == [0, 1, 2, 3]
+
+
+def adapters():
+    """Two streams' adapters in evaluation, their streams, and a post-norm that is not trained."""
+    found = [randomise(LavishAdapter(64, AdapterConfig(reduction=4)), seed).eval() for seed in (0, 1)]
+    xs = list(torch.randn(2, 2, 8, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE).unbind())
+    norm = torch.nn.LayerNorm(64).requires_grad_(False)
+    return xs, xs, [adapter.to(DEVICE) for adapter in found], norm.to(DEVICE), DropPath(0.0)
+
+
+def test_the_path_of_an_adapter_is_its_gatherings():
+    given = adapters()
+    for adapter in given[2]:
+        adapter.path = "fused"
+    with torch.no_grad(), ops.recording() as choices:
+        ops.adapter(*given, path="reference")
+    assert [(choice.op, choice.path) for choice in choices] == [
+        ("adapter", "reference"), ("gather_latents", "reference"), ("gather_latents", "reference"),
+    ]  # fmt: skip
+
+
+def test_norms_of_another_eps_are_refused_by_the_kernels():
+    # They take one eps for both streams.
+    given = adapters()
+    given[2][1].bn1.eps = 0.5
+    with torch.no_grad(), pytest.raises(ValueError, match="expected norms of the same eps in both streams, got others"):
+        ops.adapter(*given, path="fused")
+
+
+def test_norms_without_running_statistics_are_refused_by_the_kernels():
+    # Such a norm goes by the batch's own statistics in evaluation too.
+    given = adapters()
+    with torch.no_grad():
+        ops.adapter(*given, path="fused")
+        for norm in (adapter.bn2 for adapter in given[2]):
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+        with pytest.raises(ValueError, match="expected running statistics of each BatchNorm, got none"):
+            ops.adapter(*given, path="fused")
+        with ops.recording() as choices:
+            ops.adapter(*given)
+    assert {choice.path for choice in choices if choice.op == "adapter"} == {"reference"}
+
+
+def test_constants_are_those_of_what_is_launched(monkeypatch):
+    xs, branches, own, norm, drop_path = adapters()
+    architecture = _launch.architecture(xs[0].device)
+    for op in ("adapter", "adapter_training_bwd"):
+        constants = _tuning.row(op, architecture, xs[0].dtype, 64)[0]
+        monkeypatch.setitem(_tuning.ROWS, (op, architecture, "float32", 64), constants)
+    with ops.recording() as choices:
+        ops.adapter(xs, branches, own, norm, drop_path, path="fused")
+        with torch.no_grad():
+            ops.adapter(xs, branches, own, norm, drop_path, path="fused")
+    training, inference = (choice.constants for choice in choices if choice.op == "adapter")
+    measured = f"measured on sm_{architecture}, float32, width 64"
+    assert inference == measured
+    assert training == f"adapter_training: default up to width 2048; adapter_training_bwd: {measured}"
 
 
 def test_an_unknown_path_is_named():
