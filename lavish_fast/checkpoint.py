@@ -136,7 +136,9 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> 
     """Calls `write` on a temporary file beside `path`, then moves it there: a kill leaves the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")  # always the same: what a kill leaves is overwritten next time
+    # Always the same for a name: what a kill leaves is overwritten next time. And short: that of `path` may be too long
+    # for anything more.
+    temporary = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.part")
     try:
         write(temporary)
         _sync(temporary)
@@ -208,7 +210,7 @@ def backbone_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[s
     import timm
 
     if not timm.is_model(name):
-        raise ValueError(f"backbone: expected a file, or a timm model's name, got {name!r}")
+        raise FileNotFoundError(f"backbone: expected a file, or a timm model's name, got {name!r}")
     return _fetched(source, lambda: timm.create_model(name, pretrained=True, num_classes=0).state_dict())
 
 

@@ -32,7 +32,7 @@ from lavish_fast.decoding import (
     take_frames,
     warnings_of,
 )
-from lavish_fast.spectrogram import patches_of, spectrograms
+from lavish_fast.spectrogram import patches_of, spans_of, spectrograms
 from lavish_fast.workers import load_in_workers, load_one
 
 VIDEO_SUFFIXES = (
@@ -51,6 +51,8 @@ class Clip(NamedTuple):
     audio: (T, spectrogram.frames, mel_bins) float32, normalised; T = 1 for a spectrogram of the whole clip.
     video: (T, 3, S, S) float32, normalised by the ImageNet mean and std. duration: seconds. warnings: one line each,
     with the file's path. patches: (T, 96, 64) float32, VGGish's of the sound, where they are asked for.
+    Where they are known, in seconds from the start of the earlier stream: times, at which each frame is shown; spans,
+    the start and the end of what each spectrogram is of.
     """
 
     audio: Tensor
@@ -58,6 +60,8 @@ class Clip(NamedTuple):
     duration: float
     warnings: tuple[str, ...] = ()
     patches: Tensor | None = None
+    times: tuple[float, ...] = ()
+    spans: tuple[tuple[float, float], ...] = ()
 
     @property
     def silent(self) -> bool:
@@ -99,18 +103,21 @@ def load_clip(
     source = scan(path, spectrogram.sample_rate, damage)
     count = frames or max(1, round(source.duration))
     video: list[Tensor | None] = [None] * count
+    times = [0.0] * count
 
-    def take(places: list[int], _: float, image: np.ndarray) -> None:
+    def take(places: list[int], seconds: float, image: np.ndarray) -> None:
         picture = resize(image, img_size, antialias)
         for place in places:
-            video[place] = picture
+            video[place], times[place] = picture, seconds
 
     choose = lambda keys: [keys[i - 1] for i in np.linspace(1, len(keys), count, dtype=int)]  # noqa: E731
     take_frames(path, source, frame_rate, choose, take, damage)
     video = torch.stack(video)
     audio = spectrograms(source.waveform, count, spectrogram)
     heard = patches_of(source.waveform, count) if patches else None
-    return Clip(audio, video, source.duration, warnings_of(path, source.warnings, damage), heard)
+    spans = spans_of(len(source.waveform), count, spectrogram) if len(source.waveform) else ()
+    warnings = warnings_of(path, source.warnings, damage)
+    return Clip(audio, video, source.duration, warnings, heard, tuple(times), spans)
 
 
 class Sound(NamedTuple):
@@ -218,14 +225,19 @@ def load_clips(
     return load_in_workers(iter(paths), workers, timeout, load, kwargs)
 
 
-def find_videos(path: str | os.PathLike[str]) -> list[Path]:
+def find_videos(path: str | os.PathLike[str], *, skip: Callable[[Path], bool] = lambda folder: False) -> list[Path]:
     """The file itself, or the video files (by `VIDEO_SUFFIXES`) under a directory in sorted order.
+
+    skip: whether a folder below the directory is left out.
 
     Raises: MediaError if there is nothing at `path`.
     """
     if not os.path.isdir(path):
         return [Path(local_file(path))]
-    found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    found = []
+    for folder, below, names in os.walk(path):
+        below[:] = [name for name in below if not skip(Path(folder, name))]
+        found += [Path(folder, name) for name in names]
     return sorted(file for file in found if file.suffix.lower() in VIDEO_SUFFIXES)
 
 

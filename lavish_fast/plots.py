@@ -7,7 +7,8 @@ import html
 import io
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
     from matplotlib.ticker import MaxNLocator
     from PIL import Image
 
@@ -28,6 +30,7 @@ _INNER = _WIDTH - _LEFT - _RIGHT
 _GAP = 0.1
 _MAX_THUMBNAILS, _MAX_THUMBNAIL = 10, 1.73  # pictures side by side, and inches of one
 _MAX_SHEET = 60  # pictures
+_FINEST = 4000  # columns of a spectrogram, unless the model heard more
 _LINES, _LEAST = 4, 0.05  # classes whose probability is drawn: at most so many, if they ever reach so much
 _COLUMNS = 5  # of the legend
 _DPI = 120
@@ -75,6 +78,7 @@ def timeline(
     lines = [k for k in events.topk(min(_LINES, count - 1)).indices.tolist() if events[k] >= _LEAST]
     shown = sorted({*lines, *(k for track in tracks.values() for k in track)} - {count - 1})
     colours = _colours(shown) | {count - 1: _BACKGROUND}
+    labels = _labels(classes, [*shown, count - 1])
 
     thumbnails = min(segments, _MAX_THUMBNAILS)
     strip = min(_INNER / thumbnails, _MAX_THUMBNAIL)
@@ -83,14 +87,15 @@ def timeline(
     heights |= dict.fromkeys(tracks, 0.34) | {"last axis": 0.2, "legend": 0.24 * rows}
     figure, axes = _rows(title, heights, ("frames", "sound", "p", *tracks), segments * seconds)
 
-    _draw_frames(axes["frames"], media.denormalise(clip.video.cpu()), thumbnails, strip, seconds)
-    _draw_sound(axes["sound"], clip.audio, seconds)
+    span = segments * seconds
+    _draw_frames(axes["frames"], media.denormalise(clip.video.cpu()), thumbnails, strip, span, clip.times)
+    _draw_sound(axes["sound"], clip, span)
     _draw_probabilities(axes["p"], probabilities, [*lines, count - 1], colours, seconds)
     for name, track in tracks.items():
-        _draw_track(axes[name], name, track, classes, colours, seconds)
+        _draw_track(axes[name], name, track, classes, labels, colours, seconds)
     for name in ("sound", list(tracks)[-1]):
         _show_seconds(axes[name])
-    _draw_legend(figure, [*shown, count - 1], classes, colours, rows)
+    _draw_legend(figure, labels, colours, rows)
     return figure
 
 
@@ -119,12 +124,13 @@ def segmentation(
     strip = min(_INNER / thumbnails, _MAX_THUMBNAIL)
     heights = {"title": 0.35, "frames": strip, "sound": 1.0, "axis": 0.2} | dict.fromkeys(tracks, strip) | {"end": 0.0}
     figure, axes = _rows(title, heights, ("frames", "sound", *tracks), len(video) * seconds)
-    _draw_frames(axes["frames"], video, thumbnails, strip, seconds)
-    _draw_sound(axes["sound"], clip.audio, seconds)
+    span = len(video) * seconds
+    _draw_frames(axes["frames"], video, thumbnails, strip, span)
+    _draw_sound(axes["sound"], clip, span)
     _show_seconds(axes["sound"])
     for name, x in tracks.items():
         pictures = torch.stack([torch.tensor(marked(*pair)) for pair in zip(video.numpy(), x.numpy())])
-        _draw_frames(axes[name], pictures, thumbnails, strip, seconds)
+        _draw_frames(axes[name], pictures, thumbnails, strip, span)
         _name_row(axes[name], name)
     if truth is not None:
         both, either = ((f(*tracks.values())).sum((1, 2)).float() for f in (torch.logical_and, torch.logical_or))
@@ -137,19 +143,18 @@ def segmentation(
     return figure
 
 
-def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str) -> Figure:
+def masks(clip: media.Clip, masks: Tensor, *, title: str) -> Figure:
     """A picture of what is heard in one clip: frames with their masks, the spectrogram, and the share that is marked.
 
     Of more than 60 frames as many are shown, spread evenly.
 
     Args:
-        clip: as `media.load_clip` gives it; T frames.
+        clip: as `media.load_clip` gives it; T frames and their times.
         masks: (T, H, W), bool.
-        times: T seconds, at which the frames are shown.
 
     Raises: ValueError when the shapes do not agree.
     """
-    frames = len(clip.video)
+    frames, times = len(clip.video), clip.times
     if masks.ndim != 3 or not len(masks) == len(times) == frames:
         raise ValueError(f"masks and times: expected {frames}, got {tuple(masks.shape)} and {len(times)}")
     shown = torch.linspace(0, frames - 1, min(frames, _MAX_SHEET)).round().long()
@@ -162,7 +167,7 @@ def masks(clip: media.Clip, masks: Tensor, times: Sequence[float], *, title: str
     pictures = media.denormalise(clip.video[shown].cpu()).numpy()
     pictures = [marked(*pair) for pair in zip(pictures, masks[shown].cpu().numpy())]
     _draw_sheet(axes["frames"], pictures, [times[i] for i in shown], columns, side)
-    _draw_sound(axes["sound"], clip.audio, clip.duration / len(clip.audio))
+    _draw_sound(axes["sound"], clip, clip.duration)
     share = masks.float().mean((1, 2)).tolist()
     axes["area"].fill_between(times, share, color=MARK, alpha=0.3, linewidth=0)
     axes["area"].plot(times, share, color=MARK, linewidth=1.8, marker="o" if frames <= 30 else None, markersize=3.5)
@@ -231,11 +236,9 @@ def choice(
     figure, axes = _rows(title, heights, ("frames", "sound", what), clip.duration)
     if below is not None:
         high = figure.get_figheight()
-        figure.text(_LEFT / _WIDTH, 1 - 0.57 / high, below, fontsize=9, color=_MUTED, parse_math=False)
-    _draw_frames(
-        axes["frames"], media.denormalise(clip.video.cpu()), thumbnails, strip, clip.duration / len(clip.video)
-    )
-    _draw_sound(axes["sound"], clip.audio, clip.duration / len(clip.audio))
+        _fit(figure.text(_LEFT / _WIDTH, 1 - 0.57 / high, below, fontsize=9, color=_MUTED, parse_math=False), _INNER)
+    _draw_frames(axes["frames"], media.denormalise(clip.video.cpu()), thumbnails, strip, clip.duration, clip.times)
+    _draw_sound(axes["sound"], clip, clip.duration)
     _show_seconds(axes["sound"])
     _draw_bars(axes[what], best)
     _name_row(axes[what], what)
@@ -305,11 +308,17 @@ def png(figure: Figure) -> bytes:
 
 def _drawn(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # A file's name may be in a script that the font lacks: boxes are drawn, which is good enough.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with _any_script():
         figure.savefig(buffer, format=kind)
     return buffer.getvalue()
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    # A file's name may be in a script that the font lacks: boxes are drawn, which is good enough.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
@@ -379,8 +388,24 @@ def _rows(
             axes[name] = figure.add_axes(box, xlim=(0, span))
             _plain(axes[name])
     style = {"fontsize": 12, "fontweight": "bold", "color": _INK, "parse_math": False}
-    figure.text(_LEFT / _WIDTH, 1 - 0.32 / height, title, **style)
+    _fit(figure.text(_LEFT / _WIDTH, 1 - 0.32 / height, title, **style), _INNER)
     return figure, axes
+
+
+def _fit(text: Text, inches: float) -> None:
+    """Takes from the middle of a text what there is no room for."""
+    whole = text.get_text()
+    with _any_script():
+        for length in range(len(whole), 0, -1):
+            text.set_text(_cut(whole, length))
+            if text.get_window_extent().width <= inches * _DPI:
+                break
+
+
+def _cut(text: str, length: int) -> str:
+    """The text with at most so many characters, those of its middle left out."""
+    tail = length // 2
+    return text if len(text) <= length else f"{text[: length - tail - 1]}…{text[len(text) - tail :]}"
 
 
 def _plain(axes: Axes) -> None:
@@ -406,12 +431,20 @@ def _thumbnails(x: Tensor, count: int) -> Tensor:
     return x[((torch.arange(count, dtype=torch.float64) + 0.5) / count * len(x)).long()]
 
 
-def _draw_frames(axes: Axes, pictures: Tensor, thumbnails: int, side: float, seconds: float) -> None:
-    """Pictures (T, S, S, 3) uint8, each over the middle of the stretch of time it stands for."""
-    span = len(pictures) * seconds
+def _draw_frames(
+    axes: Axes, pictures: Tensor, thumbnails: int, side: float, span: float, times: Sequence[float] = ()
+) -> None:
+    """Pictures (T, S, S, 3) uint8, each over the middle of the stretch of time it stands for.
+
+    times: T seconds, if they are known. Where they end early or begin late there are fewer thumbnails.
+    """
+    start, end = 0.0, span
+    if len(times) > 1:
+        start, end = times[0], min(span, times[-1] + (times[-1] - times[0]) / (len(times) - 1))
+        thumbnails = max(1, int(thumbnails * (end - start) / span + 0.1))
     half = 0.5 * (side - 0.04) * span / _INNER
     for i, picture in enumerate(_thumbnails(pictures, thumbnails).numpy()):
-        middle = (i + 0.5) / thumbnails * span
+        middle = min(max(half, start + (i + 0.5) / thumbnails * (end - start)), span - half)
         axes.imshow(picture, extent=(middle - half, middle + half, 0, 1), aspect="auto", interpolation="antialiased")
     axes.set(xlim=(0, span), ylim=(0, 1))
     _name_row(axes, "frames")
@@ -441,7 +474,8 @@ def _draw_bars(axes: Axes, best: Sequence[tuple[str, float]]) -> None:
         colour = _PALETTE[0] if i == 0 else "#b4bcc5"
         axes.barh(i, 0.6 * p, 0.72, color=colour)
         style = {"fontsize": 9.5, "va": "center", "parse_math": False, "fontweight": "bold" if i == 0 else "normal"}
-        axes.text(0.6 * p + 0.008, i, f"{p:.2f}  {name}", color=_INK, **style)
+        left = 0.6 * p + 0.008
+        _fit(axes.text(left, i, f"{p:.2f}  {name}", color=_INK, **style), (1 - left) * _INNER)
 
 
 def _few_percents() -> MaxNLocator:
@@ -450,22 +484,36 @@ def _few_percents() -> MaxNLocator:
     return MaxNLocator(nbins=3, steps=[1, 2, 5, 10], min_n_ticks=2)
 
 
-def _draw_sound(axes: Axes, audio: Tensor, seconds: float) -> None:
+def _draw_sound(axes: Axes, clip: media.Clip, span: float) -> None:
+    """The spectrograms over time; without `clip.spans` they share `span` seconds equally."""
     import numpy as np
 
-    audio = audio.detach().float().cpu()
+    audio = clip.audio.detach().float().cpu().numpy()
+    windows = len(audio)
     # What follows the last frame of a window is padding: zeros, which no spectrogram of silence has.
-    used = int(audio.abs().amax((0, 2)).count_nonzero()) or audio.shape[1]
-    image = audio[:, :used].flatten(0, 1).T.numpy()
+    used = np.count_nonzero(np.abs(audio).max((0, 2))) or audio.shape[1]
+    spans = clip.spans or [(i * span / windows, (i + 1) * span / windows) for i in range(windows)]
+    starts, ends = np.array(spans).T
+    start, end = starts[0], ends[-1]
+    # Windows may overlap, or leave sound out between them: of each is shown what is nearest to its middle.
+    step = (ends[0] - starts[0]) / used
+    times = np.linspace(start, end, 2 * min(round((end - start) / step), max(windows * used, _FINEST)) + 1)[1::2]
+    middles = (starts + ends) / 2
+    nearest = np.searchsorted((middles[1:] + middles[:-1]) / 2, times)
+    columns = np.floor((times - starts[nearest]) / step).astype(int)
+    heard = (columns >= 0) & (columns < used)
+    bands = audio[nearest[heard], columns[heard]].T
     # Narrow mel filters may hold no Fourier bin and are constant then: no sound can reach them.
-    empty = np.ptp(image, axis=1) == 0
+    empty = np.ptp(bands, axis=1) == 0
     if not empty.all():
-        rows = np.arange(len(image))
-        image = image[[rows[~empty][np.abs(rows[~empty] - row).argmin()] for row in rows]]
-    low, high = np.percentile(image, (2, 99.8))
+        rows = np.arange(len(bands))
+        bands = bands[[rows[~empty][np.abs(rows[~empty] - row).argmin()] for row in rows]]
+    low, high = np.percentile(bands, (2, 99.8))
+    image = np.full((len(bands), len(times)), np.nan, np.float32)
+    image[:, heard] = bands
     axes.imshow(
         image,
-        extent=(0, len(audio) * seconds, 0, 1),
+        extent=(start, end, 0, 1),
         origin="lower",
         aspect="auto",
         cmap="magma",
@@ -475,7 +523,7 @@ def _draw_sound(axes: Axes, audio: Tensor, seconds: float) -> None:
     )
     axes.set_ylim(0, 1)
     if empty.all():
-        axes.text(0.5, 0.5, "silence", color="white", fontsize=9, ha="center", va="center", transform=axes.transAxes)
+        axes.text((start + min(end, span)) / 2, 0.5, "silence", color="white", fontsize=9, ha="center", va="center")
     _name_row(axes, "sound\nlow to high")
 
 
@@ -506,7 +554,13 @@ def _draw_probabilities(
 
 
 def _draw_track(
-    axes: Axes, name: str, track: list[int], classes: Sequence[str], colours: Mapping[int, str], seconds: float
+    axes: Axes,
+    name: str,
+    track: list[int],
+    classes: Sequence[str],
+    labels: Mapping[int, str],
+    colours: Mapping[int, str],
+    seconds: float,
 ) -> None:
     axes.set_ylim(0, 1)
     _name_row(axes, name)
@@ -517,7 +571,7 @@ def _draw_track(
         style = {"fontsize": 8.5, "color": _ink_on(colours[k]), "ha": "center", "va": "center", "parse_math": False}
         text = axes.text((first + stop) / 2 * seconds, 0.48, "", **style)
         room = (stop - first) / len(track) * _INNER * _DPI - 8
-        for label in (classes[k], _short(classes[k])):
+        for label in (classes[k], labels[k]):
             text.set_text(label)
             if text.get_window_extent().width <= room:
                 break
@@ -526,17 +580,15 @@ def _draw_track(
         first = stop
 
 
-def _draw_legend(
-    figure: Figure, shown: list[int], classes: Sequence[str], colours: Mapping[int, str], rows: int
-) -> None:
+def _draw_legend(figure: Figure, labels: Mapping[int, str], colours: Mapping[int, str], rows: int) -> None:
     from matplotlib.patches import Patch
 
     legend = figure.legend(
-        [Patch(color=colours[k]) for k in shown],
-        [_short(classes[k]) for k in shown],
+        [Patch(color=colours[k]) for k in labels],
+        [*labels.values()],
         loc="lower left",
         bbox_to_anchor=(_LEFT / _WIDTH, 0),
-        ncols=-(-len(shown) // rows),
+        ncols=-(-len(labels) // rows),
         frameon=False,
         fontsize=8.5,
         labelcolor=_INK,
@@ -561,6 +613,13 @@ def _colours(shown: Iterable[int]) -> dict[int, str]:
 def _ink_on(colour: str) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+
+
+def _labels(classes: Sequence[str], shown: Iterable[int]) -> dict[int, str]:
+    """A short name of each class that is shown: its first, unless another one has the same."""
+    first = {k: _short(classes[k]) for k in shown}
+    names = [*first.values()]
+    return {k: name if names.count(name) == 1 else _cut(classes[k], 20) for k, name in first.items()}
 
 
 def _short(name: str) -> str:

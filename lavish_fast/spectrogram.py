@@ -149,13 +149,28 @@ def _whole(waveform: Tensor, spectrogram: SpectrogramConfig) -> Tensor:
 def windows_of(waveform: Tensor, frames: int, spectrogram: SpectrogramConfig) -> Tensor:
     """(T, samples of a window), or (1, samples) when all T windows are the same."""
     length = round(spectrogram.sample_rate * spectrogram.window_seconds)
-    last = len(waveform) - spectrogram.sample_rate * (spectrogram.window_seconds + 0.1)
+    last = _last(len(waveform), spectrogram)
     if len(waveform):
         waveform = waveform - waveform.mean()
     if last > 0:
         starts = np.linspace(0, last, frames, dtype=int).tolist()
         return torch.stack([waveform[start : start + length] for start in starts])
     return F.pad(waveform, (0, max(0, length - len(waveform))))[None]
+
+
+def spans_of(samples: int, frames: int, spectrogram: SpectrogramConfig) -> tuple[tuple[float, float], ...]:
+    """What `spectrograms` makes of so many samples, by time: the start and the end of each window, in seconds."""
+    rate, seconds = spectrogram.sample_rate, spectrogram.window_seconds
+    if not seconds:
+        return ((0.0, samples / rate),)
+    last = _last(samples, spectrogram)
+    length = seconds if last > 0 else max(seconds, samples / rate)
+    return tuple((start, start + length) for start in (np.linspace(0, max(0, last), frames) / rate).tolist())
+
+
+def _last(samples: int, spectrogram: SpectrogramConfig) -> float:
+    """The first sample of the last window; 0 or less where the waveform is used whole."""
+    return samples - spectrogram.sample_rate * (spectrogram.window_seconds + 0.1)
 
 
 def patches_of(waveform: Tensor, frames: int) -> Tensor:

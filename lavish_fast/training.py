@@ -49,6 +49,7 @@ class Fit:
     """What `fit` did. best_score: on the validation set (0 to 1), in epoch best_epoch, counted from 1.
 
     skipped: a line for each file that could not be read. silent: ids of the clips that are said to be without sound.
+    not_finite: a line for each step that was not taken because of NaN or infinity.
     """
 
     best_score: float
@@ -57,6 +58,7 @@ class Fit:
     steps: int
     skipped: tuple[str, ...]
     silent: tuple[str, ...]
+    not_finite: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,10 @@ def fit(
                     f"epoch {state.epoch}/{config.epochs}  loss {loss:.4f}  val {result.score:.1%}"
                     f"  {clips_per_second:.1f} clips/s"
                     + (f"  {len(state.skipped)} files skipped" if state.skipped else "")
+                    + (f"  {len(state.not_finite)} steps skipped (not finite)" if state.not_finite else "")
                     + (f"  {state.overflows} overflows" if state.overflows else "")
                 )
-        found = (tuple(state.skipped), tuple(state.silent))
+        found = (tuple(state.skipped), tuple(state.silent), tuple(state.not_finite))
         return Fit(state.best_score, state.best_epoch, state.epoch, state.steps, *found)
 
 
@@ -263,6 +266,7 @@ class _State:
     skipped: list[str] = dataclasses.field(default_factory=list)
     silent: list[str] = dataclasses.field(default_factory=list)
     overflows: int = 0  # steps that were not taken because of them
+    not_finite: list[str] = dataclasses.field(default_factory=list)  # a line for each step not taken because of it
 
 
 class _Run:
@@ -320,8 +324,10 @@ class _Run:
         what = f"{names}: {_NOT_FINITE}" if names else "expected finite gradients, got NaN or infinity"
         if self.config.on_nan == "stop":
             raise FloatingPointError(what)
+        line = f"step {self.state.steps + 1}: {what}"
+        self.state.not_finite.append(line)
         if self.steps.rank == 0:
-            self.note([f"step {self.state.steps + 1}: {what}"])
+            warnings.warn(f"skipped {line}", stacklevel=2)
 
     def average_buffers(self) -> None:
         """Makes BatchNorm's running statistics the mean over the ranks."""
@@ -332,7 +338,7 @@ class _Run:
                     tensor /= self.steps.world
 
     def note(self, failed: Iterable[str]) -> None:
-        """Warns of files that cannot be read and of steps that are skipped, each once."""
+        """Warns of files that cannot be read, each once."""
         for line in failed:
             if line not in self.state.skipped:
                 self.state.skipped.append(line)
@@ -429,6 +435,8 @@ def _train_epoch(run: _Run, loader: DataLoader, log: _Log, bar: Progress) -> flo
             run.save()
     bar.remove_task(task)
     if not state.segments:
+        if failed := state.not_finite:
+            raise ValueError(f"training: expected a step that is finite, got none of {run.steps.count}: {failed[0]}")
         skipped = f": {state.skipped[0]}" if state.skipped else ""
         raise ValueError(f"training: expected a clip that can be read, got none of {run.steps.clips}{skipped}")
     return clips / (time.perf_counter() - start)
@@ -483,7 +491,7 @@ class _Log:
         row = {"epoch": state.epoch, "steps": state.steps, "train_loss": loss, "val_score": result.score}
         row |= {"val": dict(result.scores), "best_epoch": state.best_epoch}
         row |= {"clips_per_second": round(clips_per_second, 3), "skipped": state.skipped}
-        row["overflows"] = state.overflows
+        row |= {"overflows": state.overflows, "not_finite": state.not_finite}
         self._write(
             state, row, {f"val/{name}": value for name, value in result.scores.items()} | {"train/epoch_loss": loss}
         )

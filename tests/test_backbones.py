@@ -94,7 +94,7 @@ def test_backbone_weights_that_do_not_fit(tmp_path):
         model.load_backbone(state | {"norm.weight": torch.zeros(2)})
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors: expected a file of weights"):
         model.load_backbone(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="got 'no_such_model'"):
+    with pytest.raises(FileNotFoundError, match="got 'no_such_model'"):
         model.load_backbone("no_such_model")
     with pytest.raises(ValueError, match="backbone: expected a timm model's name"):
         model.load_backbone()

@@ -116,7 +116,7 @@ def test_a_backbones_file_may_have_any_name(tmp_path, monkeypatch):
         assert torch.equal(checkpoint.backbone_tensors(name)["a"], torch.ones(2))
     with pytest.raises(FileNotFoundError, match=r"other\.pt: expected a file of weights, got none"):
         checkpoint.backbone_tensors("other.pt")
-    with pytest.raises(ValueError, match=r"expected a file, or a timm model's name, got 'other\.ckpt'"):
+    with pytest.raises(FileNotFoundError, match=r"expected a file, or a timm model's name, got 'other\.ckpt'"):
         checkpoint.backbone_tensors("other.ckpt")
 
 
@@ -178,7 +178,14 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     with torch.no_grad():
         model.head.fc1.weight.add_(1)
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    replace = os.replace
+
+    def full(source, target):
+        if os.path.basename(target) == "model.safetensors":
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(path)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before

@@ -197,7 +197,9 @@ def test_bad_usage(run, options, trained, dataset, tmp_path):
     empty.mkdir()
     train = ("train", "ave", "--data", dataset, "--out", tmp_path / "out")
     video = dataset / "AVE" / "clip0.mp4"
-    (tmp_path / "list.json").write_text("[]")
+    for name, text in (("list", "[]"), ("bare", "{}"), ("odd", '{"backbone": {"kind": "swinv2", "depths": ["a"]}}')):
+        (tmp_path / f"{name}.json").write_text(text)
+    files = ("--config", trained / "checkpoint" / "config.json", "--backbone")
     cases = [
         (("localize", tmp_path / "missing.mp4", *options), ("VIDEO", "missing.mp4")),
         (("localize", empty, *options), ("expected video files", empty)),
@@ -208,6 +210,13 @@ def test_bad_usage(run, options, trained, dataset, tmp_path):
         ((*train, "--preset", "ave-swin-huge"), ("ave-swinv2-large", "'ave-swin-huge'")),
         ((*train, "--preset", "ave-vit-tiny", "--config", tmp_path / "list.json"), ("--preset / --config", "got both")),
         ((*train, "--config", tmp_path / "list.json"), ("list.json", "expected a JSON object")),
+        ((*train, "--config", tmp_path / "bare.json"), ("bare.json: expected a lavish_fast configuration, got: ",)),
+        ((*train, "--config", tmp_path / "odd.json"), ("odd.json: expected a lavish_fast configuration, got: ",)),
+        ((*train, *files, "vit_tini"), ("expected a file, or a timm model's name, got 'vit_tini'",)),
+        ((*train, *files, empty), ("expected a file", empty)),
+        ((*train, "--preset", "ave-swinv2-large-vggish", "--vggish", video, "--modality", "video"), ("vggish",)),
+        ((*train, "--preset", "ave-swinv2-large-vggish"), ("--vggish", "expected its weights")),
+        ((*train, "--preset", "ave-vit-tiny", "--lr-gamma", 0.5), ("--lr-gamma", "expected it with --lr-step")),
         ((*train, "--epochs", 0), ("epochs", "from 1", "got 0")),
         ((*train, "--lr", "nan"), ("lr", "positive", "nan")),
         ((*train, "--amp", "fp8"), ("--amp", "bf16", "fp16")),
@@ -312,7 +321,7 @@ def train_options(trained, dataset, tmp_path):
     return ["train", "ave", "--data", dataset, "--out", tmp_path / "out", *files, "--modality", "audio+video"]
 
 
-def test_train_and_evaluate(run, train_options, dataset, tmp_path):
+def test_train_and_evaluate(run, train_options, trained, dataset, tmp_path, monkeypatch):
     result = run(*train_options, "--epochs", 1, "--workers", 0, "--head-lr", 0.01)
     assert result.code == 0, result.err
     accuracy = re.search(r"best validation score ([\d.]+%), in epoch 1 of 1", result.out)[1]
@@ -343,6 +352,16 @@ def test_train_and_evaluate(run, train_options, dataset, tmp_path):
     assert [(row["video"], row["segment"]) for row in rows] == [(f"clip{i}", s) for i in (2, 3) for s in (0, 1)]
     truth = [CLASSES[0], CLASSES[2], CLASSES[1], CLASSES[1]]
     assert sum(row["event"] == label for row, label in zip(rows, truth)) == scores["correct"]
+
+    # A relative name in a configuration's file is of the folder where it was trained.
+    monkeypatch.chdir(trained)
+    values = saved.to_dict() | {"backbone_weights": "backbone.safetensors"}
+    (tmp_path / "relative.json").write_text(json.dumps(values))
+    files = ("--config", tmp_path / "relative.json", "--out", tmp_path / "relative")
+    result = run("train", "ave", "--data", dataset, *files, "--epochs", 1, "--workers", 0)
+    assert result.code == 0, result.err
+    monkeypatch.chdir(tmp_path)
+    assert run("evaluate", "ave", "--data", dataset, "--checkpoint", "relative/best", "--workers", 0).code == 0
 
     cmbs = run(*evaluate, "--rule", "cmbs", "--out", tmp_path / "test")
     assert cmbs.code == 0, cmbs.err
@@ -393,7 +412,7 @@ def test_vggish_is_asked_for_by_its_weights(run, train_options, dataset, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(saved.to_dict() | {"head": {"vggish": True}}))
     result = run(*train_options, *fast, "--out", tmp_path / "other")
     assert result.code == 2
-    assert_one_line(result.err, "--vggish", "expected a file of its weights, got none")
+    assert_one_line(result.err, "--vggish", "expected its weights, which the configuration does not name")
 
 
 def test_every_training_option_arrives(run, train_options, monkeypatch):
@@ -407,7 +426,7 @@ def test_every_training_option_arrives(run, train_options, monkeypatch):
 
     def fake(model, train_set, val_set, config, out, *, resume):
         calls.append((len(train_set), len(val_set), config, out, resume))
-        return training.Fit(0.5, 1, 2, 3, ("a line",), ("a clip", "another"))
+        return training.Fit(0.5, 1, 2, 3, ("a line",), ("a clip", "another"), ("a step",) * 4)
 
     monkeypatch.setattr(training, "fit", fake)
     valued = [name for name in names if name != "checkpointing"]
@@ -416,6 +435,7 @@ def test_every_training_option_arrives(run, train_options, monkeypatch):
     assert result.code == 0, result.err
     assert calls == [(2, 2, wanted, train_options[5], True)]
     assert "1 files could not be read" in result.out
+    assert "4 steps skipped (not finite)" in result.out
     assert "2 clips without sound, read as silence" in result.out
 
 
@@ -508,11 +528,16 @@ def test_help_and_version(run):
     assert "Usage" in bare.out + bare.err
 
 
-def test_help_fits_80_columns():
+def test_help_has_every_name_whole_in_80_columns():
     for args in ([], *COMMANDS):
-        result = CliRunner().invoke(cli.app, [*args, "--help"], env={"COLUMNS": "80"}, obj=SimpleNamespace())
-        assert result.exit_code == 0
-        assert max(map(len, result.output.splitlines())) <= 80
+        results = [
+            CliRunner().invoke(cli.app, [*args, "--help"], env={"COLUMNS": columns}, obj=SimpleNamespace())
+            for columns in ("80", "200")
+        ]
+        # Options, and the commands at the beginnings of lines; what does not fit is cut, with a point for its end.
+        narrow, wide = (set(re.findall(r"--[\w-]+(?!…)\b|(?<=^│ )[a-z]+\b", r.output, re.M)) for r in results)
+        assert narrow == wide
+        assert "--help" in wide
 
 
 def test_the_installed_command_runs():

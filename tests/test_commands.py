@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lavish_fast import Config, Model, checkpoint, media, training
+from lavish_fast import Config, Model, checkpoint, media, plots, training
 from lavish_fast.commands import segment, sweep
 from lavish_fast.config import AVQAConfig
-from lavish_fast.tasks import action, avqa_data, avs, avs_data
+from lavish_fast.tasks import action, ave, avqa_data, avs, avs_data
 from parity import randomise, tiny_config
 from test_action import TEST, TRAIN, write_clips, write_lists
 from test_action import make_config as action_config
@@ -90,7 +90,7 @@ def test_segment(run, trained, videos, tmp_path):  # noqa: F811
     assert 0 < masks.float().mean() < 1
     for i, (row, mask) in enumerate(zip(by_video["long.mp4"], masks)):
         assert row["frame"] == i
-        assert row["seconds"] == pytest.approx(i * clip.duration / 6, abs=1e-3)
+        assert row["seconds"] == pytest.approx(clip.times[i], abs=1e-3)
         assert row["area"] == pytest.approx(mask.float().mean().item(), abs=2e-3)
         saved = np.asarray(Image.open(tmp_path / "out" / "long" / f"{i:03}_mask.png"))
         assert (saved == mask.numpy()).mean() > 0.99
@@ -100,6 +100,14 @@ def test_segment(run, trained, videos, tmp_path):  # noqa: F811
         assert [(s.type, s.codec_context.name) for s in container.streams] == [("video", "h264")]
         assert (container.streams[0].width, container.streams[0].height) == (64, 48)
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_masks_are_where_their_frames_are_shown(run, trained, tmp_path):  # noqa: F811
+    encode(tmp_path / "a.mp4", film(4), tone(600, 12, 16000), size=(32, 32))
+    result = run("segment", tmp_path / "a.mp4", *trained["avs"][1], "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    rows = lines(tmp_path / "out" / "segment.jsonl")
+    assert [row["seconds"] for row in rows] == pytest.approx([i / 3 for i in range(12)], abs=0.5)
 
 
 def test_segment_leaves_no_pictures_of_an_earlier_run(run, trained, videos, tmp_path):  # noqa: F811
@@ -148,8 +156,37 @@ def test_segment_never_writes_over_a_video(run, trained, videos, tmp_path):  # n
         assert result.code == 2
         assert_one_line(result.err, "--out", "expected another folder than that of", videos)
     assert (videos / "long.mp4").read_bytes() == before
+    # Nor outside of the folder, nor in it itself, where a video's name is one of dots.
+    for name in ("..mp4", "...mp4"):
+        (tmp_path / name).write_bytes((videos / "short.mkv").read_bytes())
+    kept = tmp_path / "000.png"
+    kept.write_text("of someone else")
+    out = tmp_path / "out"
+    result = run("segment", tmp_path / "..mp4", tmp_path / "...mp4", *trained["avs"][1], "--out", out)
+    assert result.code == 0, result.err
+    names = {f"{name}{end}" for name in ("_", "_-2") for end in ("", ".png", ".mp4")}
+    assert {path.name for path in out.iterdir()} == names | {"segment.jsonl"}
+    assert kept.read_text() == "of someone else"
+    assert {path.name for path in tmp_path.iterdir()} == {"..mp4", "...mp4", "long.mp4", "000.png", "out"}
     assert segment.summary([0.0, 0.0]) == "nothing is marked in 2 frames"
     assert segment.summary([0.1, 0.0, 0.3]) == "2 of 3 frames marked, in 20% of their pixels"
+
+
+def test_folders_are_read_without_what_the_commands_wrote(run, trained, videos, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "short.mkv").write_bytes((videos / "short.mkv").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for out in ("segment", "segment", "again"):
+        result = run("segment", ".", *trained["avs"][1], "--out", out)
+        assert result.code == 0, result.err
+        assert {row["video"] for row in lines(tmp_path / out / "segment.jsonl")} == {"in/short.mkv"}
+    result = run("classify", ".", *trained["action"][1])
+    assert [row["video"] for row in lines(tmp_path / "classify" / "classify.jsonl")] == ["in/short.mkv"]
+    # A kill leaves films and no list of them. What is asked for by its name is read.
+    (tmp_path / "again" / "segment.jsonl").unlink()
+    assert run("segment", ".", *trained["avs"][1], "--out", "again").code == 0
+    assert run("classify", "again", *trained["action"][1]).code == 0
+    assert [row["video"] for row in lines(tmp_path / "classify" / "classify.jsonl")] == ["again/short.mp4"]
 
 
 # answer, classify
@@ -211,6 +248,43 @@ def test_classify(run, trained, videos, tmp_path):  # noqa: F811
     assert {path.name for path in tmp_path.iterdir()} == {"classify.jsonl", "long.png", "short.png"}
 
 
+def test_a_file_that_cannot_be_shown_does_not_end_the_others(run, trained, videos, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    (out / "long.png").mkdir(parents=True)  # in the picture's way
+    longest = tmp_path / f"{'n' * 251}.mkv"
+    longest.write_bytes((videos / "short.mkv").read_bytes())
+    result = run("classify", videos, longest, *trained["action"][1], "--out", out)
+    assert result.code == 1
+    error, *silent = result.err.splitlines()
+    assert re.fullmatch(rf"lavish-fast: {videos / 'long.mp4'}: .*long\.png'", error)
+    assert len(silent) == 2
+    assert "2 of 3 videos" in result.out
+    bad, *good = lines(out / "classify.jsonl")
+    assert set(bad) == {"video", "error"}
+    assert bad["error"].startswith(f"{videos / 'long.mp4'}: ")
+    assert [row["video"] for row in good] == [str(videos / "short.mkv"), str(longest)]
+    assert (out / f"{longest.stem}.png").is_file()
+
+
+def test_a_run_that_shows_nothing_leaves_the_earlier_results(run, trained, videos, tmp_path, monkeypatch):  # noqa: F811
+    command = ("classify", videos, *trained["action"][1], "--out", tmp_path)
+    assert run(*command).code == 0
+    before, true, until = lines(tmp_path / "classify.jsonl"), plots.save, []
+
+    def save(*args):
+        if not until:
+            raise KeyboardInterrupt
+        until.pop()
+        true(*args)
+
+    monkeypatch.setattr(plots, "save", save)
+    for pictures, left in ((0, before), (1, before[:1])):
+        until[:] = range(pictures)
+        assert run(*command).code == 130
+        assert lines(tmp_path / "classify.jsonl") == left
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_models_of_other_tasks_are_refused(run, trained, videos):  # noqa: F811
     for command, task, other in (("segment", "avs", "avqa"), ("classify", "action", "avs"), ("localize", "ave", "avs")):
         result = run(command, videos, *trained[other][1])
@@ -245,6 +319,10 @@ def test_the_official_f_score_has_the_batches_of_the_list(run, trained, tmp_path
     in_order_of_names = plain_f([scored[i] for i in (1, 3, 0, 2, 4)], 2)
     assert scores["official F-score (batch 2)"] != pytest.approx(in_order_of_names, rel=1e-2)
     assert re.search(rf"official F-score \(batch 2\) +│ +{expected:.2%} ", result.out)
+    rows = lines(tmp_path / "out" / "predictions.jsonl")
+    assert [(row["id"], row["frame"]) for row in rows] == [(name, i) for name in names for i in range(len(logits))]
+    shares = (logits.sigmoid() > 0.5).float().mean((1, 2)).tolist()
+    assert [row["area"] for row in rows] == pytest.approx(shares * len(names), abs=2e-3)
     run(*evaluate)
     assert "official" not in (tmp_path / "out" / "evaluate.json").read_text()
 
@@ -350,17 +428,40 @@ def test_sweep_trains_resumes_and_extends(run, dataset, tmp_path, monkeypatch): 
         assert row["trainable_parameters"] == sum(p.numel() for _, p in best.trainable_parameters())
         score = row["scores"]["segment accuracy"]
         assert re.search(rf"│ +{count} +│ +{100 * score:.1f}% ", result.out)
+    # Those that are there are swept again with further ones.
+    result = run(*command, "--latents", "2")
+    assert result.code == 0, result.err
+    assert [row["latents"] for row in json.loads((out / "sweep.json").read_text())["rows"]] == [1, 2, 3]
     assert (out / "latents.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "latents.svg").read_text()
 
     # Another setting would not compare.
-    result = run(*command, "--latents", "3", "--lr", 0.5)
+    (out / "sweep.json").write_text(json.dumps(first))
+    result = run(*command, "--latents", "1", "--lr", 0.5)
     assert result.code == 1
     assert_one_line(result.err, "latents-3", "config.lr", "0.5")
     for latents in ("0", "1,two", ""):
         result = run(*command, "--latents", latents)
         assert result.code == 2
         assert_one_line(result.err, "--latents", "expected whole numbers from 1", repr(latents))
+
+
+def test_a_sweep_counts_steps_that_are_not_finite_apart(run, dataset, tmp_path, monkeypatch):  # noqa: F811
+    item = ave.Dataset.item
+
+    def with_nan(self, i):
+        clip = item(self, i)
+        return clip | {"audio": clip["audio"] * float("nan")} if clip["id"] == "clip0" else clip
+
+    monkeypatch.setattr(ave.Dataset, "item", with_nan)
+    command = ("sweep", "latents", "--task", "ave", "--data", dataset, "--out", tmp_path / "out")
+    command += (*files_of(CONFIG, tmp_path), "--workers", 0, "--batch-size", 1)
+    for epochs in (1, 2):
+        result = run(*command, "--latents", "1", "--epochs", epochs)
+        assert result.code == 0, result.err
+        assert f"\n{epochs} steps skipped (not finite)\n" in result.out
+        (row,) = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+        assert (len(row["not_finite"]), row["skipped"]) == (epochs, [])
 
 
 def files_of(config, folder):

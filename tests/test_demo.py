@@ -4,6 +4,8 @@ import dataclasses
 import html
 import json
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ def small(request, monkeypatch):
 
 
 def test_the_demo_leaves_what_it_promises(small, tmp_path):
-    out, demo = tmp_path / "demo", demos.load(small)
+    out, demo = tmp_path / "my demo [v2]", demos.load(small)
     console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
     demos.run(small, out, seed=1, console=console)
     text = console.export_text()
@@ -41,6 +43,12 @@ def test_the_demo_leaves_what_it_promises(small, tmp_path):
         for shown in (f"{numbers['trainable_parameters']:,}", *(f"{numbers[k]:.1%}" for k in SHARES | {demo.SCORE})):
             assert shown in text
         assert (numbers["perfect_senses"], numbers["chance"]) == (senses[modality], senses["chance"])
+    # The last lines can be pasted, whatever the folder's name.
+    look, command = text.splitlines()[-2:]
+    assert look == f"Look at {out / 'report.html'}, or try"
+    _, _, video, option, best = shlex.split(command)
+    assert Path(video).is_file()
+    assert (option, best) == ("--checkpoint", str(out / "runs" / "audio+video" / "best"))
     page = (out / "report.html").read_text()
     assert page.count("<img") == 1 + 3, "the curves, and a picture for each clip"
     assert re.search(f"<figcaption>loss and validation (segment )?{demo.SCORE} by epoch</figcaption>", page)

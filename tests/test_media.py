@@ -17,7 +17,7 @@ import torch
 from lavish_fast import decoding, media
 from lavish_fast.config import SpectrogramConfig
 from lavish_fast.media import MediaError, denormalise, load_clip, load_clips
-from lavish_fast.spectrogram import spectrograms
+from lavish_fast.spectrogram import spans_of, spectrograms
 
 SWIN = SpectrogramConfig()
 # The colour of a second of film, far enough apart to survive any lossy codec.
@@ -655,12 +655,30 @@ def test_load_clips_arguments():
     assert list(load_clips([], workers=2)) == []
 
 
+def test_a_clip_knows_when_its_frames_are_shown_and_what_its_spectrograms_are_of(tmp_path):
+    path = encode(tmp_path / "a.mkv", film(4), tone(440, 12, 16000), sound_codec="flac")
+    clip = load_clip(path, frames=None, img_size=32)
+    assert clip.times == pytest.approx([i / 3 for i in range(12)], abs=0.5)
+    assert colours(clip) == [int(t) for t in clip.times]
+    assert clip.duration == pytest.approx(12, abs=0.1)
+    np.testing.assert_allclose(clip.spans, [(x, x + 1) for x in np.linspace(0, 10.9, 12)], atol=0.1)
+    late = encode(tmp_path / "b.mkv", film(2), tone(440, 2, 16000), sound_codec="flac", sound_start=1.0)
+    clip = load_clip(late, frames=2, img_size=32, spectrogram=SpectrogramConfig(window_seconds=0.0))
+    assert clip.times == pytest.approx([0, 1.9], abs=0.11)
+    assert clip.spans == (pytest.approx((0, 3), abs=0.1),)
+    silent = load_clip(encode(tmp_path / "c.mkv", film(2)), frames=2, img_size=32)
+    assert silent.spans == ()
+    assert spans_of(8000, 3, SWIN) == ((0.0, 1.0),) * 3
+    assert spans_of(17600, 2, SWIN) == ((0.0, 1.1),) * 2
+
+
 def test_find_videos(tmp_path):
     (tmp_path / "b" / "c").mkdir(parents=True)
     for name in ("b/c/2.MP4", "b/1.webm", "a.mkv", "notes.txt", "b/c/x.jpg"):
         (tmp_path / name).write_bytes(b"x")
     found = [file.relative_to(tmp_path).as_posix() for file in media.find_videos(tmp_path)]
     assert found == ["a.mkv", "b/1.webm", "b/c/2.MP4"]
+    assert media.find_videos(tmp_path, skip=lambda folder: folder.name == "b") == [tmp_path / "a.mkv"]
     assert media.find_videos(str(tmp_path / "notes.txt")) == [tmp_path / "notes.txt"]
     refused(tmp_path / "none", "nothing at this path", media.find_videos)
 

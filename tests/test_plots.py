@@ -1,4 +1,5 @@
 import io
+import re
 from html.parser import HTMLParser
 
 import matplotlib.image
@@ -8,7 +9,8 @@ import torch
 from matplotlib.colors import to_hex
 
 from lavish_fast import media, plots
-from lavish_fast.config import AVE_CLASSES
+from lavish_fast.config import AVE_CLASSES, AVS_SPECTROGRAM
+from lavish_fast.spectrogram import spans_of, spectrograms
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -120,6 +122,43 @@ def test_mel_bands_that_no_sound_reaches_take_their_neighbour():
     assert any(np.array_equal(image[7], image[i]) for i in (6, 8))
 
 
+def test_sound_is_drawn_where_it_is_heard():
+    # Windows of 1.95 s, as the presets have: five overlap in a clip of 5 s, two leave most of 40 s out.
+    for samples, frames, click in ((80000, 5, 40000), (640000, 2, 8000)):
+        waveform = torch.zeros(samples)
+        waveform[click : click + 320] = torch.randn(320, generator=torch.Generator().manual_seed(0))
+        audio, spans = spectrograms(waveform, frames, AVS_SPECTROGRAM), spans_of(samples, frames, AVS_SPECTROGRAM)
+        clip = media.Clip(audio, torch.zeros(frames, 3, 8, 8), samples / 16000, spans=spans)
+        figure = plots.choice(clip, [("yes", 1.0)], title="x", what="answer")
+        (picture,) = rows_of(figure)["sound"].images
+        start, end, _, _ = picture.get_extent()
+        assert (start, end) == pytest.approx((0, samples / 16000 - 0.1))
+        column = np.ma.filled(picture.get_array(), np.nan)[100]
+        times = np.linspace(start, end, 2 * len(column) + 1)[1::2]
+        loud = times[column > np.nanmin(column) + 1]
+        assert click / 16000 - 0.04 < loud.min() <= loud.max() < click / 16000 + 0.05
+        assert np.isnan(column).mean() == pytest.approx(0 if frames == 5 else 1 - 3.9 / 39.9, abs=0.01)
+
+
+@pytest.mark.parametrize("first", [0.0, 8.0])
+def test_frames_stand_where_they_are_shown(first):
+    # Four seconds of pictures beside twelve of sound.
+    clip = make_clip(12)._replace(times=tuple(first + i / 3 for i in range(12)))
+    figures = [
+        plots.timeline(clip, one_hot([0] * 12, 2), "ab", title="x"),
+        plots.choice(clip, [("yes", 1.0)], title="x", what="answer"),
+    ]
+    for figure in figures:
+        images = rows_of(figure)["frames"].images
+        middles = [np.mean(image.get_extent()[:2]) for image in images]
+        assert middles == pytest.approx([first + 4 * (i + 0.5) / 3 for i in range(3)])
+        for image, i in zip(images, (2, 6, 10)):
+            np.testing.assert_array_equal(image.get_array(), media.denormalise(clip.video)[i].numpy())
+    still = clip._replace(times=(first,) * 12)
+    (image,) = rows_of(plots.timeline(still, one_hot([0] * 12, 2), "ab", title="x"))["frames"].images
+    assert image.get_extent()[0] <= first < image.get_extent()[1]
+
+
 @pytest.mark.parametrize("level", [-1.5, 0.0])
 def test_silence_is_named(level):
     clip = make_clip(2)._replace(audio=torch.full((2, 48, 40), level))
@@ -138,6 +177,34 @@ def test_names_are_drawn_as_they_are():
     assert title in [text.get_text() for text in figure.texts]
     rows = {"$x^$": [{"epoch": 1, "train_loss": 0.1, "val_score": 0.5}], "_hidden": []}
     assert plots.png(plots.training_curves(rows)).startswith(PNG)
+
+
+def test_names_that_begin_alike_are_told_apart():
+    classes = ("Playing, violin", "Playing, guitar", "Male speech, man speaking", "background")
+    figure = plots.timeline(make_clip(8), one_hot([0, 1, 2, 3, 0, 1, 2, 3], 4), classes, title="x")
+    shown = ["Playing, violin", "Playing, guitar", "Male speech", "background"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == shown
+    assert "Playing" not in [text.get_text() for text in rows_of(figure)["predicted"].texts]
+    long = ("An instrument is played, violin", "An instrument is played, guitar")
+    assert plots._labels(long, (0, 1)) == {0: "An instru…ed, violin", 1: "An instru…ed, guitar"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_names_lose_their_middle():
+    name = "日本 " + "a long name " * 20 + "[abcDEF12345].mp4"
+    figures = [
+        plots.timeline(make_clip(2), one_hot([0, 1], 2), "ab", title=name),
+        plots.choice(make_clip(2), [(name, 0.9), ("no", 0.1)], title=name, what="answer", below=name),
+    ]
+    for figure in figures:
+        assert plots.png(figure).startswith(PNG)
+    with plots._any_script():
+        found = [text for figure in figures for text in texts_of(figure) if "日本" in text.get_text()]
+        assert len(found) == 4
+        for text in found:
+            assert re.fullmatch(r"(0\.90  )?日本 a long .*….*\[abcDEF12345\]\.mp4", text.get_text())
+            right = text.figure.canvas.get_width_height()[0]
+            assert right - 60 < text.get_window_extent().x1 <= right
 
 
 def test_shapes_that_disagree_are_refused():
@@ -266,8 +333,8 @@ def test_a_sheet_of_masks(frames):
     masks = torch.zeros(frames, 8, 8, dtype=torch.bool)
     masks[0, :4] = True
     times = [2.0 * i for i in range(frames)]
-    clip = make_clip(frames)._replace(duration=2.0 * frames)
-    figure = plots.masks(clip, masks, times, title="x.mp4")
+    clip = make_clip(frames)._replace(duration=2.0 * frames, times=tuple(times))
+    figure = plots.masks(clip, masks, title="x.mp4")
     assert_within(figure)
     rows = rows_of(figure)
     assert list(rows) == ["frames", "sound", "marked"]
@@ -279,7 +346,7 @@ def test_a_sheet_of_masks(frames):
     assert line.get_xdata().tolist() == times
     assert line.get_ydata().tolist() == [0.5] + [0.0] * (frames - 1)
     with pytest.raises(ValueError, match=rf"masks and times: expected {frames}, got \({frames}, 8, 8\) and 0"):
-        plots.masks(clip, masks, [], title="")
+        plots.masks(clip._replace(times=()), masks, title="")
 
 
 def test_a_mask_marks_what_is_in_it_and_nothing_else():

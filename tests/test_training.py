@@ -540,11 +540,27 @@ def test_a_step_with_nan_is_skipped_and_named(tmp_path):
         done = fit(model, bad, data, settings(batch_size=1, epochs=1), tmp_path / "bad")
     assert len([w for w in caught if "finite" in str(w.message)]) == 1
     assert done.steps == 4
-    assert done.skipped[0].endswith("clip0_1: expected finite outputs, got NaN or infinity")
+    assert done.not_finite[0].endswith("clip0_1: expected finite outputs, got NaN or infinity")
+    assert rows(tmp_path / "bad")[-1]["not_finite"] == list(done.not_finite)
+    assert (done.skipped, rows(tmp_path / "bad")[-1]["skipped"]) == ((), [])
+    longer = settings(batch_size=1, epochs=2)
+    with pytest.warns(UserWarning, match="skipped"):
+        again = fit(make_model(), bad, data, longer, tmp_path / "bad", resume=True)
+    assert again.not_finite[0] == done.not_finite[0]
+    assert len(again.not_finite) == 2
+    # The state of a run that was begun before such steps were kept by themselves has none.
+    path = tmp_path / "bad" / "last" / "state.safetensors"
+    tensors, facts = load_file(path), json.loads(checkpoint.read_metadata(path)["run"])
+    del facts["state"]["not_finite"]
+    save_file(tensors, path, {"run": json.dumps(facts)})
+    assert fit(make_model(), bad, data, longer, tmp_path / "bad", resume=True).not_finite == ()
+    message = r"training: expected a step that is finite, got none of 1: step 1: clip0_1: expected finite outputs"
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match=message):
+        fit(make_model(), bad[1:2], data, settings(), tmp_path / "none")
     state = model.state_dict()
     assert all(t.isfinite().all() for t in state.values() if t.is_floating_point()), "BatchNorm's buffers too"
     # As if the clip had never been there, but for the order, which follows from the number of clips.
-    step = int(done.skipped[0].split()[1].rstrip(":")) - 1
+    step = int(done.not_finite[0].split()[1].rstrip(":")) - 1
     unreadable = [clip if i != 1 else BAD for i, clip in enumerate(data)]
     with pytest.warns(UserWarning, match="skipped"):
         fit(other, unreadable, data, settings(batch_size=1, epochs=1), tmp_path / "unreadable")

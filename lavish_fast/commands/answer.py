@@ -34,7 +34,7 @@ def answer(
     from lavish_fast.tasks import avqa
     from lavish_fast.tasks.avqa_data import media_options
 
-    files = watch.find([video])
+    files = watch.find([video], out)
     model = watch.ready(watch.load_model(checkpoint, backbone, "avqa"))
     with terminal.bad_usage(ValueError):
         asked = avqa.encode_question(question, model.config)

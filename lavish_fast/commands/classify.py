@@ -35,7 +35,7 @@ def classify(
     from lavish_fast import plots
     from lavish_fast.tasks import action
 
-    files = watch.find(videos)
+    files = watch.find(videos, out)
     model = watch.ready(watch.load_model(checkpoint, backbone, "action"))
     classes = model.config.classes
 

@@ -39,7 +39,7 @@ def localize(
     """
     from lavish_fast import plots
 
-    files = watch.find(videos)
+    files = watch.find(videos, out)
     model = watch.ready(watch.load_model(checkpoint, backbone, "ave", vggish))
     config = model.config
 

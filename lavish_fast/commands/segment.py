@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
@@ -38,18 +38,19 @@ def segment(
 ) -> None:
     """Mark what is heard in the pictures of videos.
 
-    One frame a second is read, from the first to the last, each with the sound around it, and as many go through the
-    model at once as it was trained on. Of a video shorter than that it reads as many, closer together.
+    A frame for each second is read, evenly from the first to the last, with as many parts of the sound, spread evenly
+    as well, and as many go through the model at once as it was trained on. Of a video shorter than that it reads as
+    many, closer together.
 
     Of each video, OUT has NAME.png, its frames with their masks; NAME/, a picture and a black and white mask of each;
-    and NAME.mp4, the video with the mask of the nearest second on every frame, and its sound as one channel.
+    and NAME.mp4, the video with the mask that is nearest in time on every frame, and its sound as one channel.
     OUT/segment.jsonl has a line a mask, with the share of the frame that is marked. A file that cannot be read is
     reported and left out, and the exit code is 1.
     """
     from lavish_fast import media, plots
     from lavish_fast.checkpoint import write_atomically
 
-    files = watch.find(videos)
+    files = watch.find(videos, out)
     films = {(out / f"{place}.mp4").resolve() for place in watch.places(files)}
     for file in files:
         if file.resolve() in films:
@@ -59,10 +60,9 @@ def segment(
 
     def show(file: Path, clip: Clip, place: Path, bar: Progress) -> list[dict[str, Any]]:
         masks = masks_of(model, clip)
-        times = times_of(len(masks), clip.duration)
         areas = masks.float().mean((1, 2)).tolist()
         title = terminal.printable(file.name)
-        plots.save(plots.masks(clip, masks, times, title=title), place.with_name(f"{place.name}.png"))
+        plots.save(plots.masks(clip, masks, title=title), place.with_name(f"{place.name}.png"))
         pictures = media.denormalise(clip.video).numpy()
         place.mkdir(exist_ok=True)
         for old in list(place.iterdir()):  # an earlier run's may be more
@@ -73,12 +73,12 @@ def segment(
             _save_picture(mask, place / f"{i:03}_mask.png")
         film = place.with_name(f"{place.name}.mp4")
         with _Bar(bar, film.name, clip.duration) as seen:
-            arguments = (masks.numpy(), times, not clip.silent, seen)
+            arguments = (masks.numpy(), clip.times, not clip.silent, seen)
             write_atomically(film, lambda path: write_film(file, path, *arguments))
         bar.console.print(f"{terminal.printable(file)}: {summary(areas)}", markup=False, soft_wrap=True)
         return [
             {"frame": i, "seconds": round(t, 3), "area": round(area, 6)}
-            for i, (t, area) in enumerate(zip(times, areas))
+            for i, (t, area) in enumerate(zip(clip.times, areas))
         ]
 
     options = {"least": config.frames, "img_size": config.head.size, "spectrogram": config.spectrogram}
@@ -91,11 +91,6 @@ def load_seconds(path: Path, *, least: int, **options: Any) -> Clip:
 
     clip = media.load_clip(path, frames=None, **options)
     return clip if len(clip.video) >= least else media.load_clip(path, frames=least, **options)
-
-
-def times_of(count: int, duration: float) -> list[float]:
-    """The seconds at which a clip's frames are shown: spread evenly from its first to its last."""
-    return [i * duration / max(1, count - 1) for i in range(count)]
 
 
 def masks_of(model: Model, clip: Clip) -> Tensor:
@@ -126,13 +121,13 @@ def summary(areas: list[float]) -> str:
 
 
 def write_film(
-    source: Path, path: Path, masks: np.ndarray, times: list[float], sound: bool, seen: Callable[[float], None]
+    source: Path, path: Path, masks: np.ndarray, times: Sequence[float], sound: bool, seen: Callable[[float], None]
 ) -> None:
     """Writes the video with its masks as an mp4 file.
 
     Args:
         masks: (n, H, W), bool; each frame of the video has the mask whose time is nearest.
-        times: the masks' n times in seconds, rising.
+        times: the masks' n times in seconds, none before the one ahead of it.
         sound: whether there is any.
         seen: called with the seconds that have been written.
 

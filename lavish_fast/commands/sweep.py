@@ -66,15 +66,18 @@ def latents(
 
     Trains a model for each number as `train` does, all with the same settings, and evaluates the best of each run on
     the test split. Runs that are finished are kept, and one that was stopped goes on, so that the same command resumes
-    a sweep, and one with further numbers extends it. GFLOPs are of one clip, a multiplication and an addition each
-    counting as one, in matrix products and convolutions.
+    a sweep, and one with further numbers extends it: those in OUT/sweep.json are swept with them. GFLOPs are of one
+    clip, a multiplication and an addition each counting as one, in matrix products and convolutions.
     """
     import torch
 
     from lavish_fast import checkpoint, plots, tasks, training
     from lavish_fast.model import Model
 
-    counts = _counts(latents)
+    swept, path = set(), out / "sweep.json"
+    if path.is_file():
+        swept = {row["latents"] for row in checkpoint.read_config(path)["rows"]}
+    counts = sorted({*_counts(latents), *swept})
     how = settings(
         task,
         epochs=epochs,
@@ -105,7 +108,7 @@ def latents(
     with terminal.bad_usage(FileNotFoundError):
         weights = checkpoint.backbone_tensors(chosen.backbone_weights)
     console, rows = terminal.console(), []
-    for count in counts:
+    for count in sorted(counts, key=lambda count: count not in swept):  # other settings are refused before they cost
         folder = out / f"latents-{count}"
         console.print(f"[bold]latents: {count}")
         adapter = dataclasses.replace(chosen.adapter, latents=count)
@@ -133,12 +136,14 @@ def latents(
                 "validation_score": fit.best_score,
                 "scores": scores["scores"],
                 "skipped": [*fit.skipped, *scores["skipped"]],
+                "not_finite": list(fit.not_finite),
             }
         )
+    rows.sort(key=lambda row: row["latents"])
     if terminal.rank() == 0:
         name = next(iter(rows[0]["scores"]))
         facts = {"task": task} | of_data | {"settings": dataclasses.asdict(how), "rows": rows}
-        checkpoint.write_text(out / "sweep.json", json.dumps(facts, indent=2) + "\n")
+        checkpoint.write_text(path, json.dumps(facts, indent=2) + "\n")
         figure = plots.latents(counts, [row["scores"][name] for row in rows], [row["gflops"] for row in rows], name)
         for suffix in ("png", "svg"):
             plots.save(figure, out / f"latents.{suffix}")
@@ -146,6 +151,8 @@ def latents(
         console.print(f"{terminal.printable(out / 'latents.png')}", markup=False, soft_wrap=True)
     if fit.silent:
         console.print(f"{len(fit.silent)} clips without sound, read as silence")
+    if failed := sum(len(row["not_finite"]) for row in rows):
+        console.print(f"{failed} steps skipped (not finite)")
     skipped = list(dict.fromkeys(line for row in rows for line in row["skipped"]))
     if skipped:
         console.print(f"{len(skipped)} files could not be read and were left out")

@@ -85,6 +85,8 @@ def train(
     console.print(f"{best}: {terminal.printable(out / 'best')}", markup=False, soft_wrap=True)
     if fit.skipped:
         console.print(f"{len(fit.skipped)} files could not be read and were left out")
+    if fit.not_finite:
+        console.print(f"{len(fit.not_finite)} steps skipped (not finite)")
     if fit.silent:
         console.print(f"{len(fit.silent)} clips without sound, read as silence")
 
@@ -93,7 +95,10 @@ def settings(task: str, **given: Any) -> TrainConfig:
     """The task's own settings of training, but for those that are given and not None."""
     with terminal.bad_usage(ValueError):
         given = {name: value for name, value in given.items() if value is not None}
-        return dataclasses.replace(TrainConfig.of_task(task), **given)
+        how = dataclasses.replace(TrainConfig.of_task(task), **given)
+    if "lr_gamma" in given and how.lr_step is None:
+        raise typer.BadParameter("expected it with --lr-step, which says when, got it alone", param_hint="--lr-gamma")
+    return how
 
 
 def configuration(
@@ -107,33 +112,40 @@ def configuration(
     vggish: Path | None = None,
 ) -> Config:
     """The model's configuration: a preset's or a file's, with what the data set fixes and what is given."""
-    from lavish_fast import checkpoint, tasks
+    from lavish_fast import tasks
 
     if preset and path:
         raise typer.BadParameter("expected one of them, got both", param_hint="--preset / --config")
-    with terminal.bad_usage(ValueError, TypeError):
-        chosen = (
-            Config.from_dict(checkpoint.read_config(path))
-            if path
-            else Config.from_preset(preset or options.PRESETS[task])
-        )
-    if chosen.task != task:
-        raise typer.BadParameter(f"expected one for {task}, got {preset or path} for {chosen.task}")
-    chosen = tasks.load(task).settle(dataclasses.replace(chosen, modality=modality or chosen.modality), data)
-    if vggish is not None:
-        if task != "ave":
-            raise typer.BadParameter(f"expected it with ave alone, got {task}", param_hint="--vggish")
-        head = dataclasses.replace(chosen.head, vggish=True, vggish_weights=os.path.abspath(vggish))
-        chosen = dataclasses.replace(chosen, head=head)
-    if task == "ave" and chosen.head.vggish and chosen.head.vggish_weights is None:
-        raise typer.BadParameter("expected a file of its weights, got none", param_hint="--vggish")
-    if backbone is not None:
-        # The checkpoint names it, and is loaded from other folders than this one.
-        backbone = os.path.abspath(backbone) if os.path.isfile(backbone) else backbone
-        chosen = dataclasses.replace(chosen, backbone_weights=backbone)
-    if chosen.backbone_weights is None:
-        raise typer.BadParameter(f"expected one, since {path} names none", param_hint="--backbone")
-    return chosen
+    if vggish is not None and task != "ave":
+        raise typer.BadParameter(f"expected it with ave alone, got {task}", param_hint="--vggish")
+    with terminal.bad_usage(ValueError):
+        chosen = _read(path) if path else Config.from_preset(preset or options.PRESETS[task])
+        if chosen.task != task:
+            raise ValueError(f"expected one for {task}, got {preset or path} for {chosen.task}")
+        chosen = dataclasses.replace(chosen, modality=modality or chosen.modality)
+        if vggish or (task == "ave" and chosen.head.vggish):
+            weights = _lasting(vggish or chosen.head.vggish_weights, "--vggish")
+            head = dataclasses.replace(chosen.head, vggish=True, vggish_weights=weights)
+            chosen = dataclasses.replace(chosen, head=head)
+    weights = _lasting(backbone or chosen.backbone_weights, "--backbone")
+    return tasks.load(task).settle(dataclasses.replace(chosen, backbone_weights=weights), data)
+
+
+def _read(path: Path) -> Config:
+    from lavish_fast import checkpoint
+
+    values = checkpoint.read_config(path)
+    try:
+        return Config.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a lavish_fast configuration, got: {error}") from None
+
+
+def _lasting(weights: str | Path | None, option: str) -> str:
+    """What a checkpoint calls its frozen weights, for it is loaded from other folders than this one."""
+    if weights is None:
+        raise typer.BadParameter("expected its weights, which the configuration does not name", param_hint=option)
+    return os.path.abspath(weights) if os.path.isfile(weights) else str(weights)
 
 
 def evaluate(
@@ -211,8 +223,10 @@ def _write_evaluation(out: Path, result: Evaluation, config: Config, how: dict[s
         if config.task == "ave":
             decided = ave.decide(kept, len(kept), how["rule"])[0]
             lines += [{"video": name} | row for row in segments(kept, decided, config.classes, 1.0)]
-        elif config.classes:
+        elif config.task == "avs":
+            areas = kept.float().mean((1, 2)).tolist()
+            lines += [{"id": name, "frame": i, "area": round(area, 6)} for i, area in enumerate(areas)]
+        else:
             best = int(kept.argmax())
             lines.append({"id": name, "class": config.classes[best], "probability": round(float(kept[best]), 6)})
-    if lines:
-        checkpoint.write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    checkpoint.write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -45,12 +47,15 @@ def ready(model: Model) -> Model:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def find(videos: Sequence[Path]) -> list[Path]:
-    """The files themselves and those of folders, each once."""
+def find(videos: Sequence[Path], out: Path) -> list[Path]:
+    """The files themselves and those of folders, each once; without what these commands wrote below the folders."""
     from lavish_fast import media
 
+    def written(folder: Path) -> bool:
+        return folder.resolve() == out.resolve() or (folder / "segment.jsonl").is_file()
+
     with terminal.bad_usage(media.MediaError):
-        files = list(dict.fromkeys(file for video in videos for file in media.find_videos(video)))
+        files = list(dict.fromkeys(file for video in videos for file in media.find_videos(video, skip=written)))
     if not files:
         raise typer.BadParameter(f"expected video files in {videos[0]}, got none", param_hint="VIDEO...")
     return files
@@ -65,7 +70,8 @@ def each(
 ) -> None:
     """Shows each file's clip, decoded in worker processes, and writes OUT/NAME.jsonl, a line for each row of a file.
 
-    A file that cannot be read is reported and left out, and the exit code is 1.
+    A file that cannot be read is reported and left out, and so is one of which something cannot be written; the exit
+    code is 1 then.
 
     Args:
         show: called as show(file, clip, place, bar): prints, writes what begins with `place`, a path that no other
@@ -77,7 +83,7 @@ def each(
     console, failed = terminal.console(), 0
     out.mkdir(parents=True, exist_ok=True)
     clips = media.load_clips(files, **options)
-    with open(out / f"{name}.jsonl", "w", encoding="utf-8") as lines, terminal.progress(console) as bar:
+    with _replacing(out / f"{name}.jsonl") as lines, terminal.progress(console) as bar:
         task = bar.add_task(name, total=len(files))
         for (file, clip), place in zip(clips, places(files)):
             try:
@@ -86,10 +92,11 @@ def each(
                 for message in clip.warnings:
                     terminal.show_warning(message)
                 rows = list(show(file, clip, out / place, bar))
-            except media.MediaError as error:
+            except (media.MediaError, OSError) as error:
                 failed += 1
-                terminal.say_error(str(error))
-                rows = [{"error": str(error)}]
+                text = str(error) if isinstance(error, media.MediaError) else f"{file}: {error}"
+                terminal.say_error(text)
+                rows = [{"error": text}]
             for row in rows:
                 print(json.dumps({"video": str(file)} | row), file=lines, flush=True)
             bar.advance(task)
@@ -100,11 +107,26 @@ def each(
         raise typer.Exit(1)
 
 
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A file for lines that takes the place of an earlier one in the end, also after an error, if it has any."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w", encoding="utf-8") as lines:
+        try:
+            yield lines
+        finally:
+            if lines.tell():
+                os.replace(part, path)
+            else:
+                part.unlink()
+
+
 def places(files: Sequence[Path]) -> list[str]:
     """A name for what is written of each file. Two that some file systems hold equal are told apart by a number."""
     names: dict[str, str] = {}
     for file in files:
-        candidates = (f"{file.stem}{'' if n == 1 else f'-{n}'}" for n in range(1, len(files) + 1))
+        stem = file.stem if file.stem.strip(".") else "_"  # "." and ".." are folders
+        candidates = (f"{stem}{'' if n == 1 else f'-{n}'}" for n in range(1, len(files) + 1))
         name = next(name for name in candidates if name.casefold() not in names)
         names[name.casefold()] = name
     return list(names.values())

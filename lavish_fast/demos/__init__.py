@@ -16,7 +16,8 @@ A module a task. What `run` reads of each of them:
   `TITLE`, `NOTES`: of the report.
 - `picture(config, item, kept)`: an item of the test split and what `tasks.<task>.kept` says of it, as a figure and a
   caption. `table(config, item, kept)`: the same for the terminal.
-- `invitation(data, name, checkpoint)`: the command to try next, with a clip of the data set and the best model.
+- `invitation(data, name, checkpoint)`: the words of the command to try next, with a clip of the data set and the best
+  model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -128,8 +131,8 @@ def run(task: str, out: Path, *, seed: int, console: Console) -> None:
     single = max(results["video"].score, results["audio"].score)
     console.print(
         f"audio+video is {100 * (best.score - single):.1f} points above the better single stream. "
-        f"{seconds:.0f} s in all.\nLook at [bold]{out / 'report.html'}[/bold], or try\n"
-        f"  {demo.invitation(data, names[0], runs / 'audio+video' / 'best')}",
+        f"{seconds:.0f} s in all.\nLook at [bold]{escape(str(out / 'report.html'))}[/bold], or try\n"
+        f"  {escape(shlex.join(map(str, demo.invitation(data, names[0], runs / 'audio+video' / 'best'))))}",
         soft_wrap=True,
     )
 

@@ -58,10 +58,10 @@ def picture(config: Config, item: dict[str, Any], probabilities: Tensor) -> tupl
     return figure, "right" if best[0][0] == truth else f"wrong: it is {truth}, not {best[0][0]}"
 
 
-def invitation(data: Path, name: str, checkpoint: Path) -> str:
+def invitation(data: Path, name: str, checkpoint: Path) -> tuple[str | Path, ...]:
     """The command to try next."""
     video = next((data / "UCF-101").glob(f"*/{name}.mp4"))
-    return f"lavish-fast classify {video} --checkpoint {checkpoint}"
+    return "lavish-fast", "classify", video, "--checkpoint", checkpoint
 
 
 def _best(config: Config, probabilities: Tensor) -> list[tuple[str, float]]:

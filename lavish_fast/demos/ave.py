@@ -54,6 +54,6 @@ def picture(config: Config, item: dict[str, Any], probabilities: Tensor) -> tupl
     return figure, f"{right} of {len(probabilities)} seconds right"
 
 
-def invitation(data: Path, name: str, checkpoint: Path) -> str:
+def invitation(data: Path, name: str, checkpoint: Path) -> tuple[str | Path, ...]:
     """The command to try next."""
-    return f"lavish-fast localize {data / 'videos' / name}.mp4 --checkpoint {checkpoint}"
+    return "lavish-fast", "localize", data / "videos" / f"{name}.mp4", "--checkpoint", checkpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,11 @@ def picture(config: Config, item: dict[str, Any], probabilities: Tensor) -> tupl
     return figure, f"right: {truth}" if best[0][0] == truth else f"wrong: the answer is {truth}, not {best[0][0]}"
 
 
-def invitation(data: Path, name: str, checkpoint: Path) -> str:
+def invitation(data: Path, name: str, checkpoint: Path) -> tuple[str | Path, ...]:
     """The command to try next."""
     asked = next(q for q in read_questions(questions_path(data, "test")) if str(q.question_id) == name)
-    video, words = data / "videos" / f"{asked.video_id}.mp4", shlex.quote(" ".join(asked.words) + "?")
-    return f"lavish-fast answer {video} {words} --checkpoint {checkpoint}"
+    video, question = data / "videos" / f"{asked.video_id}.mp4", " ".join(asked.words) + "?"
+    return "lavish-fast", "answer", video, question, "--checkpoint", checkpoint
 
 
 def _question(config: Config, item: dict[str, Any]) -> str:

@@ -64,9 +64,9 @@ def picture(config: Config, item: dict[str, Any], masks: Tensor) -> tuple[Figure
     return figure, f"mIoU {_ious(masks, item['labels']).mean():.0%}"
 
 
-def invitation(data: Path, name: str, checkpoint: Path) -> str:
+def invitation(data: Path, name: str, checkpoint: Path) -> tuple[str | Path, ...]:
     """The command to try next."""
-    return f"lavish-fast segment {data / 'videos' / name}.mp4 --checkpoint {checkpoint}"
+    return "lavish-fast", "segment", data / "videos" / f"{name}.mp4", "--checkpoint", checkpoint
 
 
 def _ious(masks: Tensor, truth: Tensor) -> Tensor:
