@@ -182,7 +182,8 @@ def budgets(
 ) -> dict[str, float]:
     """How large each of a Truth's `errors` may be.
 
-    control: those of the reference in this precision, for paths that are held to twice as much.
+    control: those of the reference in this precision, for paths that are held to twice as much, and of kinds of
+    parameters to four times.
     """
     found = {}
     for what in errors:
@@ -192,9 +193,9 @@ def budgets(
         if what == "outputs":
             cap = min(100 * precision.cap, cap) if training else precision.cap
         if control is not None:
-            # A kind may be one number, which may be right by chance.
+            # A kind may be a few numbers, such as gate_av, whose rounding is a matter of chance.
             error = max(control.get(what, 0.0), control["parameters"] if kind else 0.0)
-            cap = min(cap, 2 * error + 4 * precision.eps)
+            cap = min(cap, (4 if kind else 2) * error + 4 * precision.eps)
         found[what] = cap
     return found
 
