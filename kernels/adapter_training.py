@@ -529,12 +529,16 @@ def reasons(
 
 
 def _like(w: Weights, dtype: torch.dtype) -> Weights:
-    products = {name: product for name in ("down", "up") if (product := getattr(w, name)).dtype in _checks.DTYPES}
-    norms = {name: norm for name in ("bn1", "bn2") if (norm := getattr(w, name)) and norm.mean is norm.variance is None}
-    return w._replace(
-        **{name: torch.empty_like(product, dtype=dtype) for name, product in products.items()},
-        **{name: norm._replace(mean=norm.weight, variance=norm.weight) for name, norm in norms.items()},
-    )
+    found = {}
+    for name in ("down", "up"):
+        product = getattr(w, name)
+        if product.dtype in _checks.DTYPES:
+            found[name] = torch.empty_like(product, dtype=dtype)
+    for name in ("bn1", "bn2"):
+        norm = getattr(w, name)
+        if norm is not None and norm.mean is None and norm.variance is None:
+            found[name] = norm._replace(mean=norm.weight, variance=norm.weight)
+    return w._replace(**found)
 
 
 def _trained(name: str) -> bool:
