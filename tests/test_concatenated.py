@@ -267,12 +267,18 @@ def pretended_graphs(module, inputs, allow_unused_input):
     return replay
 
 
-def test_gradients_accumulate_over_graphs(monkeypatch):
+def with_and_without_graphs(monkeypatch):
+    """A model and its copy, and the training form of each, the second one's as if it were on a card."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_graphs)
     model = make()
     other = copy.deepcopy(model)
     plain, fast = (optimize(m, training=True, compile=False) for m in (model, other))
     fast._cuda_graphs = True
+    return model, other, plain, fast
+
+
+def test_gradients_accumulate_over_graphs(monkeypatch):
+    model, other, plain, fast = with_and_without_graphs(monkeypatch)
     for count, seed in ((2, 0), (2, 1), (2, 2), (1, 3)):
         for module in (plain, fast):
             ave.loss(module(*given(model, count, seed)), labels(count)).backward()
@@ -285,11 +291,7 @@ def test_gradients_accumulate_over_graphs(monkeypatch):
 
 
 def test_a_graph_is_of_what_was_trained_then(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_graphs)
-    model = make()
-    other = copy.deepcopy(model)
-    plain, fast = (optimize(m, training=True, compile=False) for m in (model, other))
-    fast._cuda_graphs = True
+    model, other, plain, fast = with_and_without_graphs(monkeypatch)
 
     def freeze(own, module):
         own.head.requires_grad_(False)
