@@ -47,12 +47,11 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"bytes": 4, "width": 256, "BLOCK_M": 16, "BLOCK_N": 32, "RELOAD": True, "programs": 720, "num_warps": 4},
         {"bytes": 4, "width": 288, "BLOCK_M": 16, "BLOCK_N": 16, "RELOAD": True, "programs": 720, "num_warps": 4},
     ],
-    "window_attention_bwd": [  # width: as of window_attention; tiles of keys have BLOCK_N at most, `fewest` at least
-        {"bytes": 2, "width": 48, "BLOCK_M": 16, "BLOCK_N": 128, "fewest": 16, "num_warps": 2},
-        {"bytes": 2, "width": 64, "BLOCK_M": 16, "BLOCK_N": 128, "fewest": 16, "num_warps": 4},
-        {"bytes": 2, "width": 256, "BLOCK_M": 16, "BLOCK_N": 128, "fewest": 16, "num_warps": 8},
-        {"bytes": 4, "width": 64, "BLOCK_M": 16, "BLOCK_N": 128, "fewest": 64, "num_warps": 8},
-        {"bytes": 4, "width": 128, "BLOCK_M": 16, "BLOCK_N": 128, "fewest": 16, "num_warps": 16},
+    "window_attention_bwd": [  # width: as of window_attention
+        {"bytes": 2, "width": 48, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1},
+        {"bytes": 2, "width": 144, "BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 2},
+        {"bytes": 2, "width": 288, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 2},
+        {"bytes": 4, "width": 144, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8},
     ],
 }
 
@@ -102,9 +101,8 @@ CANDIDATES: dict[str, dict[str, tuple]] = {
     },
     "window_attention_bwd": {
         "BLOCK_M": (16, 32),
-        "BLOCK_N": (32, 64, 128),
-        "fewest": (16,),
-        "num_warps": (2, 4, 8),
+        "BLOCK_N": (16, 32, 128),
+        "num_warps": (1, 2, 4),
     },
 }
 

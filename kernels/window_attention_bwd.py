@@ -6,19 +6,21 @@ qkv (n, T, 3C) is [q | k | v], each (heads, d), as in window_attention.py; dout 
 (n, T, 3C). Only qkv has a gradient: a frozen table and scale need none, and so there is nothing to add up over windows.
 
 A program owns an image, a window and a head and writes dq, dk and dv of that alone: no sum goes over programs, and
-two runs are equal bit for bit. Keys and values of the window stay in shared memory, 144 of them as 128 + 16; dk
-and dv stay in registers; queries pass in tiles of BLOCK_M. All products have keys as rows, (keys, queries), so that the
-weights and their gradient enter dv and dk from the registers they are in.
+two runs are equal bit for bit. It walks over the window twice, and nothing but a tile's own sums stays in registers.
+First tiles of BLOCK_M queries meet all keys, which give dq and what a query's keys have in common; k, k̂ and v are in
+shared memory. Then tiles of keys meet all queries, which give dk and dv; q, q̂ and dout have taken that memory.
 
-Saved: qkv and each row's log-sum-exp (n, heads, T), 4 bytes, in base 2. Recomputed: norms, logits and weights, and the
-rows' sums of P ∘ dP, over all keys of the window at once. As do·o these would cost saving and reading o, whose rounding
-does not cancel in a row with one large weight, where that of dP does.
+Saved: qkv and each row's log-sum-exp (n, heads, T), 4 bytes, in base 2. Recomputed: norms, and twice, by the same
+operations, logits and weights; the rows' sums of P ∘ dP, over all keys of the window at once. As do·o these would cost
+saving and reading o, whose rounding does not cancel in a row with one large weight, where that of dP does.
 
 float32: norms, logits, weights, their gradient, all sums. Rounded to the type of qkv on the way into a product: P, dP's
 share of the logits, q̂ and k̂ (which have no scale to overflow, as q / |q|² has). dqkv is rounded once.
 
-Least work: 7 n T C elements moved and 4 bytes a row and head, each once, which this reaches, and 10 n T N C operations:
-with N = 144 in 16 bits 103 a byte.
+Least work: 7 n T C elements moved and 4 bytes a row and head, each once, which this reaches but for 20 bytes a row and
+head from the first walk to the second (what it reads again is in L1 or L2), and 10 n T N C operations, here 14. As
+built for sm_90, a window of 144 tokens and a head of 32 channels takes 34,000 warp instructions of 2 warps, of which an
+SM has 10 at a time. One walk, with dk and dv in registers, took 51,000 of 8 warps, all that an SM had.
 """
 
 from __future__ import annotations
@@ -72,6 +74,18 @@ def _unit_bwd(dunit, x):
     return (dunit - unit * along[:, None]) * inverse[:, None]
 
 
+@triton.jit
+def _clamped(slots, N: tl.constexpr, END: tl.constexpr):
+    """Those past the last at the last, in a tile that has such."""
+    return tl.minimum(slots, N - 1) if END > N else slots
+
+
+@triton.jit
+def _mask(down, right, others_down, others_right):
+    """-100 between tokens of which the roll has wrapped one, along an axis, and not the other."""
+    return tl.where((down == others_down) & (right == others_right), 0.0, -100.0)
+
+
 # With dP = do vᵀ and δ_i = Σ_j P_ij dP_ij, the logits have dS = P ∘ (dP - δ), and
 #   dv = Pᵀ do,   dq̂ = s dS k̂,   dk̂ = s dSᵀ q̂,   dq = (dq̂ - q̂ (q̂·dq̂)) / |q|,   dk likewise.
 @triton.jit
@@ -82,6 +96,7 @@ def _window_attention_bwd(
     lse_ptr,
     dout_ptr,
     dqkv_ptr,
+    rows_ptr,  # (programs, 5, ROWS) float32: 1 / |k|, and of each query s / |q|, lse, δ and Σ_j P_ij
     stride_qkv_n,
     stride_qkv_t,
     stride_dout_n,
@@ -94,13 +109,17 @@ def _window_attention_bwd(
     WINDOW: tl.constexpr,
     SHIFT: tl.constexpr,
     PATCH: tl.constexpr,
-    KEYS: tl.constexpr,  # (first, number) of each tile of keys
+    TILES: tl.constexpr,  # (first, number) of the keys, or of the queries, of each tile
+    ROWS: tl.constexpr,  # of all tiles
     BLOCK_M: tl.constexpr,
 ):
     N: tl.constexpr = WINDOW * WINDOW
+    END: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     SPAN: tl.constexpr = 2 * WINDOW - 1
     WIDE: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
+    dtype: tl.constexpr = dqkv_ptr.dtype.element_ty
     pid = tl.program_id(0)
+    rows_ptr += pid.to(tl.int64) * 5 * ROWS
     head = pid % heads
     pid //= heads
     side = size // WINDOW
@@ -120,92 +139,127 @@ def _window_attention_bwd(
     table_ptr += head * SPAN * SPAN
     scale = tl.load(scale_ptr + head)
 
-    k, v, k_unit, k_norm, k_place, k_down, k_right, dk, dv = (), (), (), (), (), (), (), (), ()
-    for t in tl.static_range(len(KEYS)):
-        k_slot = tl.minimum(KEYS[t][0] + tl.arange(0, KEYS[t][1]), N - 1)
-        k_row, k_column = position(k_slot, WINDOW, PATCH)
-        k_token, down, right = source(top + WINDOW - 1 - k_row, left + WINDOW - 1 - k_column, size)
-        k_ptrs = qkv_ptr + k_token[:, None] * stride_qkv_t + (width + offs_d)[None, :]
-        k_tile = tl.load(k_ptrs, mask=mask_d, other=0.0)
-        norm = inverse_norm(k_tile)
-        k += (k_tile,)
-        v += (tl.load(k_ptrs + width, mask=mask_d, other=0.0),)
-        k_unit += ((k_tile.to(tl.float32) * norm[:, None]).to(k_tile.dtype),)
-        k_norm += (norm * scale,)
-        k_place += ((k_row * SPAN + k_column).to(tl.int64),)
-        k_down += (down,)
-        k_right += (right,)
-        dk += (tl.zeros_like(k_tile).to(tl.float32),)
-        dv += (tl.zeros_like(k_tile).to(tl.float32),)
-
+    # 1. dq, and what all keys of a query have in common.
+    keys, values, k_units, k_places, k_downs, k_rights = (), (), (), (), (), ()
+    for t in tl.static_range(len(TILES)):
+        k_slots = TILES[t][0] + tl.arange(0, TILES[t][1])
+        k_rows, k_columns = position(_clamped(k_slots, N, TILES[t][0] + TILES[t][1]), WINDOW, PATCH)
+        k_tokens, down, right = source(top + WINDOW - 1 - k_rows, left + WINDOW - 1 - k_columns, size)
+        k_tile_ptrs = qkv_ptr + k_tokens[:, None] * stride_qkv_t + (width + offs_d)[None, :]
+        k_tile = tl.load(k_tile_ptrs, mask=mask_d, other=0.0)
+        norms = inverse_norm(k_tile)
+        tl.store(rows_ptr + k_slots, norms)
+        keys += (k_tile.T,)
+        values += (tl.load(k_tile_ptrs + width, mask=mask_d, other=0.0).T,)
+        k_units += ((k_tile.to(tl.float32) * norms[:, None]).to(dtype),)
+        k_places += (k_rows * SPAN + k_columns,)
+        k_downs += (down,)
+        k_rights += (right,)
+    tl.debug_barrier()
     for start in range(0, N, BLOCK_M):
         slot = start + tl.arange(0, BLOCK_M)
-        mask_m = slot < N
-        row, column = position(tl.minimum(slot, N - 1), WINDOW, PATCH)
+        # A bound that holds anyway hides from the compiler how biases lie, for which it would take another layout.
+        bounded = tl.minimum(slot, N - 1) if SHIFT == 0 else _clamped(slot, N, END)
+        row, column = position(bounded, WINDOW, PATCH)
         token, q_down, q_right = source(top + row, left + column, size)
-        q_ptrs = qkv_ptr + token[:, None] * stride_qkv_t + offs_d[None, :]
-        q = tl.load(q_ptrs, mask=mask_d, other=0.0)
-        # Zeros past the last query: whatever its weights, it adds nothing to dk and dv.
-        do = tl.load(dout_ptrs + token[:, None] * stride_dout_t, mask=mask_d & mask_m[:, None], other=0.0)
+        mask = mask_d & (slot < N)[:, None]
+        q = tl.load(qkv_ptr + token[:, None] * stride_qkv_t + offs_d[None, :], mask=mask_d, other=0.0)
+        do = tl.load(dout_ptrs + token[:, None] * stride_dout_t, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + token)
-        q_norm = inverse_norm(q)
-        q_unit = (q.to(tl.float32) * q_norm[:, None]).to(q.dtype)
-        bias_ptrs = table_ptr + (row * SPAN + column).to(tl.int64)
-        delta = tl.zeros((BLOCK_M,), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        weights, dweights, dk_next, dv_next = (), (), (), ()
-        for t in tl.static_range(len(KEYS)):
-            bias = tl.load(k_place[t][:, None] + bias_ptrs[None, :])
+        q_norm = inverse_norm(q) * scale
+        bias_ptrs = table_ptr + row * SPAN + column
+        delta, total = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+        weights, dweights = (), ()
+        for t in tl.static_range(len(TILES)):
+            bias = tl.load(bias_ptrs[:, None] + k_places[t][None, :])
             if SHIFT > 0:
-                bias += tl.minimum(
-                    tl.where(k_down[t][:, None] == q_down[None, :], 0.0, -100.0),
-                    tl.where(k_right[t][:, None] == q_right[None, :], 0.0, -100.0),
-                )
-            if KEYS[t][0] + KEYS[t][1] > N:
-                bias = tl.where((KEYS[t][0] + tl.arange(0, KEYS[t][1]) < N)[:, None], bias, float("-inf"))
-            logits = tl.dot(k[t], q.T, input_precision="ieee") * q_norm[None, :] * k_norm[t][:, None] + bias
-            p = tl.exp2(logits * LOG2E - lse[None, :])
-            dp = tl.dot(v[t], do.T, input_precision="ieee")
-            delta += tl.sum(p * dp, 0)
+                bias += _mask(q_down[:, None], q_right[:, None], k_downs[t][None, :], k_rights[t][None, :])
+            k_slots = TILES[t][0] + tl.arange(0, TILES[t][1])
+            if TILES[t][0] + TILES[t][1] > N:
+                bias = tl.where((k_slots < N)[None, :], bias, float("-inf"))
+            k_norms = tl.load(rows_ptr + k_slots)
+            logits = tl.dot(q, keys[t], input_precision="ieee") * q_norm[:, None] * k_norms[None, :] + bias
+            p = tl.exp2(logits * LOG2E - lse[:, None])
+            dp = tl.dot(do, values[t], input_precision="ieee")
+            if t == 0:
+                deltas = p * dp  # added up by tiles, and over a tile's keys only at the end
+            elif TILES[t][1] == TILES[0][1]:
+                deltas += p * dp
+            else:
+                delta += tl.sum(p * dp, 1)
             if WIDE:
-                total += tl.sum(p, 0)
+                total += tl.sum(p, 1)
             weights += (p,)
             dweights += (dp,)
+        delta += tl.sum(deltas, 1)
+        row_ptrs = rows_ptr + ROWS + slot
         if WIDE:
             # Logits of 100 leave lse a rounding by which weights sum to 1 + 5e-6, where a large one's dP - δ cancels.
             delta /= total
-        dq = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
-        for t in tl.static_range(len(KEYS)):
+            tl.store(row_ptrs + 3 * ROWS, total, mask=slot < ROWS)
+        tl.store(row_ptrs, q_norm, mask=slot < ROWS)
+        tl.store(row_ptrs + ROWS, lse, mask=slot < ROWS)
+        tl.store(row_ptrs + 2 * ROWS, delta, mask=slot < ROWS)
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for t in tl.static_range(len(TILES)):
             p = weights[t]
             if WIDE:
-                p /= total[None, :]
-            dv_next += (tl.dot(p.to(do.dtype), do, dv[t], input_precision="ieee"),)
-            dlogits = (p * (dweights[t] - delta[None, :])).to(q.dtype)
-            dk_next += (tl.dot(dlogits, q_unit, dk[t], input_precision="ieee"),)
-            dq = tl.dot(k_unit[t].T, dlogits, dq, input_precision="ieee")
-        dk, dv = dk_next, dv_next
-        # Volatile, to be read again: what would keep q in registers until here makes the largest windows spill.
-        q = tl.load(q_ptrs, mask=mask_d, other=0.0, volatile=True)
-        dq = _unit_bwd(dq.T * scale, q)
+                p /= total[:, None]
+            dlogits = (p * (dweights[t] - delta[:, None])).to(dtype)
+            dq = tl.dot(dlogits, k_units[t], dq, input_precision="ieee")
         dq_ptrs = dqkv_ptr + token[:, None] * (3 * width) + offs_d[None, :]
-        tl.store(dq_ptrs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask_d & mask_m[:, None])
+        tl.store(dq_ptrs, _unit_bwd(dq * scale, q).to(dtype), mask=mask)
 
-    for t in tl.static_range(len(KEYS)):
-        k_slot = KEYS[t][0] + tl.arange(0, KEYS[t][1])
-        k_row, k_column = position(tl.minimum(k_slot, N - 1), WINDOW, PATCH)
-        k_token, _, _ = source(top + WINDOW - 1 - k_row, left + WINDOW - 1 - k_column, size)
-        offs_k = (width + offs_d)[None, :]
-        # Read again: to hold it in registers throughout costs more than L2 does.
-        k_tile = tl.load(qkv_ptr + k_token[:, None] * stride_qkv_t + offs_k, mask=mask_d, other=0.0)
-        dk_ptrs = dqkv_ptr + k_token[:, None] * (3 * width) + offs_k
-        mask = mask_d & (k_slot < N)[:, None]
-        tl.store(dk_ptrs, _unit_bwd(dk[t] * scale, k_tile).to(dqkv_ptr.dtype.element_ty), mask=mask)
-        tl.store(dk_ptrs + width, dv[t].to(dqkv_ptr.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+    # 2. dk and dv, the same with keys and queries in each other's places.
+    queries, douts, q_units, q_places, q_downs, q_rights = (), (), (), (), (), ()
+    for t in tl.static_range(len(TILES)):
+        q_slots = TILES[t][0] + tl.arange(0, TILES[t][1])
+        q_rows, q_columns = position(_clamped(q_slots, N, TILES[t][0] + TILES[t][1]), WINDOW, PATCH)
+        q_tokens, down, right = source(top + q_rows, left + q_columns, size)
+        q_tile = tl.load(qkv_ptr + q_tokens[:, None] * stride_qkv_t + offs_d[None, :], mask=mask_d, other=0.0)
+        queries += (q_tile.T,)
+        q_units += ((q_tile.to(tl.float32) * inverse_norm(q_tile)[:, None]).to(dtype),)
+        # Zeros past the last query: whatever its weights, it adds nothing to dk and dv.
+        q_mask = mask_d & (q_slots < N)[:, None]
+        douts += (tl.load(dout_ptrs + q_tokens[:, None] * stride_dout_t, mask=q_mask, other=0.0),)
+        q_places += (q_rows * SPAN + q_columns,)
+        q_downs += (down,)
+        q_rights += (right,)
+    for start in range(0, N, BLOCK_M):
+        slot = start + tl.arange(0, BLOCK_M)
+        row, column = position(_clamped(slot, N, END), WINDOW, PATCH)
+        token, k_down, k_right = source(top + WINDOW - 1 - row, left + WINDOW - 1 - column, size)
+        k_ptrs = qkv_ptr + token[:, None] * stride_qkv_t + (width + offs_d)[None, :]
+        k = tl.load(k_ptrs, mask=mask_d, other=0.0)
+        v = tl.load(k_ptrs + width, mask=mask_d, other=0.0)
+        k_norm = inverse_norm(k)
+        bias_ptrs = table_ptr + row * SPAN + column
+        dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for t in tl.static_range(len(TILES)):
+            row_ptrs = rows_ptr + ROWS + TILES[t][0] + tl.arange(0, TILES[t][1])
+            q_norm, lse, delta = tl.load(row_ptrs), tl.load(row_ptrs + ROWS), tl.load(row_ptrs + 2 * ROWS)
+            bias = tl.load(bias_ptrs[:, None] + q_places[t][None, :])
+            if SHIFT > 0:
+                bias += _mask(k_down[:, None], k_right[:, None], q_downs[t][None, :], q_rights[t][None, :])
+            logits = tl.dot(k, queries[t], input_precision="ieee") * q_norm[None, :] * k_norm[:, None] + bias
+            p = tl.exp2(logits * LOG2E - lse[None, :])
+            if WIDE:
+                p /= tl.load(row_ptrs + 3 * ROWS)[None, :]
+            dp = tl.dot(v, douts[t].T, input_precision="ieee")
+            dv = tl.dot(p.to(dtype), douts[t], dv, input_precision="ieee")
+            dlogits = (p * (dp - delta[None, :])).to(dtype)
+            dk = tl.dot(dlogits, q_units[t], dk, input_precision="ieee")
+        mask = mask_d & (slot < N)[:, None]
+        dk_ptrs = dqkv_ptr + token[:, None] * (3 * width) + (width + offs_d)[None, :]
+        tl.store(dk_ptrs, _unit_bwd(dk * scale, k).to(dtype), mask=mask)
+        tl.store(dk_ptrs + width, dv.to(dtype), mask=mask)
 
 
-def tiles(N: int, most: int, fewest: int = 16) -> tuple[tuple[int, int], ...]:
-    """The first key and the number of keys of each tile: powers of two, largest first, for N rounded up to `fewest`."""
-    end, found = fewest * triton.cdiv(N, fewest), []
+def tiles(N: int, most: int) -> tuple[tuple[int, int], ...]:
+    """The first token and the number of tokens of each tile: powers of two, largest first, for N rounded up to 16."""
+    end, found = 16 * triton.cdiv(N, 16), []
     while left := end - sum(number for _, number in found):
         found.append((end - left, min(most, 1 << left.bit_length() - 1)))
     return tuple(found)
@@ -237,12 +291,15 @@ def launches(
         "WINDOW": window,
         "SHIFT": shift,
         "PATCH": math.gcd(window, 4),
-        "KEYS": tiles(N, constants.pop("BLOCK_N"), constants.pop("fewest")),
+        "TILES": tiles(N, constants.pop("BLOCK_N")),
+        "ROWS": 16 * triton.cdiv(N, 16),
         "num_stages": 1,
     }
+    programs = n * (tokens // N) * heads
+    rows = lse.new_empty(programs, 5, constants["ROWS"])
     strides = (qkv.stride(0), qkv.stride(1), *dout.stride())
-    args = (qkv, logit_scale, table, lse, dout, dqkv, *strides, heads, math.isqrt(tokens))
-    return [Launch(_window_attention_bwd, (n * (tokens // N) * heads,), args, constants)]
+    args = (qkv, logit_scale, table, lse, dout, dqkv, rows, *strides, heads, math.isqrt(tokens))
+    return [Launch(_window_attention_bwd, (programs,), args, constants)]
 
 
 @torch.library.custom_op("lavish_fast::window_attention_bwd", mutates_args=())
@@ -281,7 +338,8 @@ def builds(architecture: int) -> Iterator[tuple[str, list[Launch]]]:
     cases += [(torch.bfloat16, 32, 16, 6, 8, 4), (torch.float16, 32, 16, 6, 8, 4), (torch.bfloat16, 32, 12, 48, 6, 3)]
     cases += [(torch.bfloat16, 32, 32, 6, 16, 8), (torch.bfloat16, 64, 16, 3, 8, 4), (torch.float32, 64, 16, 3, 8, 4)]
     cases += [(torch.bfloat16, 24, 14, 4, 7, 3), (torch.float16, 32, 8, 6, 4, 2)]
-    cases += [(torch.float32, 32, 6, 48, 6, 0), (torch.float32, 32, 16, 6, 8, 4), (torch.float32, 32, 22, 6, 11, 5)]
+    cases += [(torch.float32, 32, 6, 48, 6, 0), (torch.float32, 32, 16, 6, 8, 4), (torch.float32, 32, 24, 12, 12, 6)]
+    cases += [(torch.bfloat16, 64, 24, 3, 12, 6)]
     for dtype, d, size, heads, window, shift in cases:
         qkv = torch.empty(20, size**2, 3 * heads * d, dtype=dtype, device="meta")
         logit_scale = torch.empty(heads, 1, 1, device="meta")
