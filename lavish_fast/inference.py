@@ -118,6 +118,8 @@ def _fold(adapter: LavishAdapter, groups: int) -> dict[str, Tensor | None]:
 def _fold_batch_norm(norm: nn.BatchNorm1d | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     if norm is None:
         return weight, bias
+    if norm.running_mean is None:
+        raise ValueError("model: expected running statistics of each BatchNorm, got none, which cannot be folded")
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return weight * scale[:, None], (bias - norm.running_mean.double()) * scale + norm.bias.double()
 

@@ -116,10 +116,16 @@ def _record(op: str, x: Tensor, path: str, reasons: list[str], width: int, launc
         found.append(Choice(op, tuple(x.shape), x.dtype, path, reasons, width, constants))
 
 
+def _with_backward(op: str, *tensors: Tensor) -> list[str]:
+    """The names of an op's launch constants, those of its backward too where there will be one."""
+    return [op, f"{op}_bwd"] if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else [op]
+
+
 def gather_latents(latents: Tensor, other: Tensor, *, path: str = "auto") -> Tensor:
     """S = L + softmax(L Yᵀ) Y. latents (m, C), other (n, N, C) -> (n, m, C)."""
     given = [latents.to(other.dtype)], [other]  # trained latents may be wider than the streams
-    if choose("gather_latents", path, other, other.shape[-1], lambda: _reasons(gather_kernel, *given)):
+    launched = _with_backward("gather_latents", latents, other)
+    if choose("gather_latents", path, other, other.shape[-1], lambda: _reasons(gather_kernel, *given), launched):
         return gather_kernel.gather_latents(*given)[0]
     return reference.gather_latents(latents, other)
 
@@ -209,7 +215,14 @@ def window_attention(
     if path in ("sdpa", "xformers"):
         attend = getattr(attention_kernels, path)
         _record("window_attention", qkv, path, [why], width)
-    elif choose("window_attention", path, qkv, width, partial(_reasons, window_kernel, *given)):
+    elif choose(
+        "window_attention",
+        path,
+        qkv,
+        width,
+        partial(_reasons, window_kernel, *given),
+        _with_backward("window_attention", qkv),
+    ):
         return window_kernel.window_attention(*given)
     return reference.window_attention(qkv, logit_scale, bias, mask, order, attend=attend)
 

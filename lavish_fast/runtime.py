@@ -28,7 +28,7 @@ from lavish_fast.backbones import DropPath
 from lavish_fast.concatenated import Concatenated, sharing
 from lavish_fast.config import Config
 from lavish_fast.inference import Inference
-from lavish_fast.model import Model
+from lavish_fast.model import Model, Network
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # clips
 LOSS_SCALE = 2.0**16  # the first, of torch.amp.GradScaler, as the three below
@@ -131,7 +131,7 @@ def _clips(batch_sizes: Any) -> set[int] | None:
     if batch_sizes is None:
         return None
     sizes = tuple(batch_sizes) if isinstance(batch_sizes, Iterable) else ()
-    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes):
         raise ValueError(f"batch_sizes: expected clips, at least 1 each, got {batch_sizes}")
     return set(sizes)
 
@@ -422,16 +422,22 @@ def explain(model: Model | Concatenated | Fast | FastTraining) -> Explanation:
 
     Runs every block's ops on two images of zeros, as they are chosen by the tensors' device, type and shape.
 
-    Raises: ValueError where the model asks for "fused" and a kernel cannot be had, with all the reasons.
+    Raises: ValueError for another module, or where the model asks for "fused" and a kernel cannot be had, with all the
+        reasons.
     """
     training = isinstance(model, FastTraining)
     network = model.network if isinstance(model, (Fast, FastTraining)) else model
+    if not isinstance(network, Network):
+        raise ValueError(f"model: expected a lavish_fast.Model or what optimize returns, got {type(model).__name__}")
+    device = next(network.parameters()).device
     modes = [(module, module.training) for module in network.modules()]
     statistics = _Statistics(network)
     before = statistics.flat()
     autocast = _arithmetic(network, model._autocast) if training else contextlib.nullcontext()
     try:
-        with torch.set_grad_enabled(training), autocast:
+        # Drop path draws random numbers, which nobody shall miss.
+        rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with torch.set_grad_enabled(training), autocast, rng:
             if network.training != training:
                 network.train(training)
             found = list(_choices_by_block(network))

@@ -149,6 +149,20 @@ def test_constants_are_those_of_what_is_launched(monkeypatch):
     assert training == f"adapter_training: default up to width 2048; adapter_training_bwd: {measured}"
 
 
+def test_constants_of_a_backward_are_named_where_there_will_be_one(monkeypatch):
+    latents, other = torch.rand(2, 64, device=DEVICE), torch.randn(3, 5, 64, device=DEVICE)
+    architecture = _launch.architecture(other.device)
+    constants = _tuning.row("gather_latents_bwd", architecture, other.dtype, 64)[0]
+    monkeypatch.setitem(_tuning.ROWS, ("gather_latents_bwd", architecture, "float32", 64), constants)
+    with ops.recording() as choices:
+        ops.gather_latents(latents, other, path="fused")
+        ops.gather_latents(latents, other.requires_grad_(), path="fused")
+    inference, training = (choice.constants for choice in choices)
+    assert inference == "default up to width 2048"
+    measured = f"measured on sm_{architecture}, float32, width 64"
+    assert training == f"gather_latents: {inference}; gather_latents_bwd: {measured}"
+
+
 def test_an_unknown_path_is_named():
     with pytest.raises(ValueError, match="path: expected 'auto', 'fused' or 'reference', got 'fast'"):
         ops.gather_latents(torch.rand(2, 8), torch.randn(3, 5, 8), path="fast")

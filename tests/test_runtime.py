@@ -408,6 +408,7 @@ def test_threads_get_their_own_results(model, monkeypatch):
         ({"cuda_graphs": True}, "cuda_graphs: expected a model on a CUDA device, got one on cpu"),
         ({"batch_sizes": ()}, r"batch_sizes: expected clips, at least 1 each, got \(\)"),
         ({"batch_sizes": (0, 2)}, r"batch_sizes: expected clips, at least 1 each, got \(0, 2\)"),
+        ({"batch_sizes": [True]}, r"batch_sizes: expected clips, at least 1 each, got \[True\]"),
         ({"batch_sizes": 4}, "batch_sizes: expected clips, at least 1 each, got 4"),
         ({"batch_sizes": ["2"], "training": True}, r"batch_sizes: expected clips, at least 1 each, got \['2'\]"),
         ({"dtype": torch.float64, "path": "fused"}, "expected float32, float16 or bfloat16, got float64"),
@@ -421,6 +422,28 @@ def test_bad_arguments_are_named(model, options, message):
 def test_something_else_than_a_model_is_named():
     with pytest.raises(ValueError, match=r"model: expected a lavish_fast.Model, got Linear"):
         optimize(nn.Linear(2, 2))
+
+
+def test_explaining_something_else_is_named():
+    with pytest.raises(ValueError, match=r"model: expected a lavish_fast.Model or what optimize returns, got Linear"):
+        explain(nn.Linear(2, 2))
+
+
+def test_explaining_training_draws_no_random_numbers(model):
+    backbone = dataclasses.replace(model.config.backbone, drop_path_rate=0.5)
+    dropping = Model(dataclasses.replace(model.config, backbone=backbone))
+    fast = optimize(dropping, training=True, compile=False)
+    before = torch.get_rng_state()
+    explain(fast)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_norm_without_running_statistics_is_named(model):
+    bare = copy.deepcopy(model)
+    norm = next(module for module in bare.modules() if isinstance(module, nn.BatchNorm1d))
+    norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    with pytest.raises(ValueError, match="expected running statistics of each BatchNorm, got none"):
+        optimize(bare, compile=False)
 
 
 def test_explain(model):
