@@ -26,7 +26,7 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
     ],
     "adapter_training_bwd": [  # width: as of adapter
-        {"bytes": 2, "width": 192, "BLOCK_N": 32, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 192, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 4},
         {"bytes": 2, "width": 384, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
         {"bytes": 2, "width": 768, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8},
         {"bytes": 2, "width": 2048, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 32, "num_warps": 8},
@@ -66,7 +66,7 @@ _ADAPTER_TRAINING = {
     "BLOCK_N": (16, 32),
     "CHUNK": (64, 128),
     "BLOCK_D": (64,),
-    "num_warps": (8,),
+    "num_warps": (4, 8, 16),
     "maxnreg": (None, 128),
 }
 

@@ -55,12 +55,13 @@ from lavish_fast.kernels.adapter_training_bwd import (
     load_bottleneck,
     mid_launch,
     narrow_tokens,
+    shared_out,
+    sums_launch,
     up_launch,
 )
 from torch import Tensor
 
-_FEWEST = 2048  # tokens of one product among those that a weight's gradient is the sum of
-_GRAMS = 64  # programs at most that share a stream's tokens
+_FEWEST = 2048  # tokens of one part among those that a weight's gradient is the sum of
 
 
 class Statistics(NamedTuple):
@@ -284,14 +285,9 @@ def _gram_launch(firsts: Tensor, sums: Tensor, grams: Tensor, h: Tensor, shared:
     parts = triton.cdiv(constants["D"] // constants["GROUPS"], constants["BLOCK_D"])
     grid = programs, constants["GROUPS"] * parts * parts, len(h)
     # The interpreter takes no bound that it does not know.
-    tokens = tl.constexpr(_tokens(R)) if h.is_cpu else _tokens(R)
+    tokens = tl.constexpr(shared_out(R)) if h.is_cpu else shared_out(R)
     args = firsts, sums, grams, h, shared.weights, R, tokens
     return _launch.Launch(_adapter_gram, grid, args, constants | {"BLOCK_R": TOKENS, "num_warps": 8})
-
-
-def _tokens(R: int) -> int:
-    """Of a program of `_adapter_gram`."""
-    return TOKENS * triton.cdiv(triton.cdiv(R, _GRAMS), TOKENS)
 
 
 def _up_launch(
@@ -334,7 +330,7 @@ def _merged(parts: Tensor, shared: Shared) -> Tensor:
 def _covariance(h: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
     """The mean m (streams, D) and covariance (streams, G, D / G, D / G) of a, float32; h (streams, R, D)."""
     streams, R, D = h.shape
-    groups, programs = shared.constants["GROUPS"], triton.cdiv(R, _tokens(R))
+    groups, programs = shared.constants["GROUPS"], triton.cdiv(R, shared_out(R))
     firsts, sums, grams = (
         h.new_empty(streams, *shape, dtype=torch.float32)
         for shape in ((D,), (programs, D), (programs, groups, D // groups, D // groups))
@@ -442,63 +438,79 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
     R, D, groups = n * N, h.shape[-1], C // given[0].down.shape[1]
     weights = _with(_with(_narrowed(given, h.dtype), "bn1", bn1), "bn2", bn2)
     shared = _shared("adapter_training_bwd", xs, weights, post_norm, eps, _launch.architecture(h.device))
-    grid = streams, n, shared.blocks
+    flat = h.flatten(1, 2)
+    means = mean if batch_statistics and weights[0].bn2 is not None else None
 
     def rows(*shape: int) -> Tensor:
         return h.new_empty(*shape, dtype=torch.float32)
 
-    dz, da, sums = h.new_empty(streams, n, N, C), rows(*h.shape), rows(*grid, 4, C)
+    dz, da = h.new_empty(streams, n, N, C), rows(*h.shape)
+    after = None if weights[0].ln_after is None else rows(streams, n, N, 2)
     db = None if post_norm is None else torch.empty_like(dz)
     gates = [w.gate for w in weights]
     if post_norm is not None:
         _launch.run([branch_launch(db, dout, branches, post_norm, shared)], h.device)
-    _launch.run([up_launch(dz, da, sums, h, dout, gates, shared)], h.device)
-    sums = sums.sum((1, 2))
-    up = _stacked_up(weights, groups)
-    rstd, scale, _ = _factors([w.bn2 for w in weights], eps[2], weights[0].up[:, 0])
-    scale = scale.unflatten(1, (groups, -1))
-    means = shifts = mixing = None
-    if batch_statistics and weights[0].bn2 is not None:
-        slope = (sums[:, 3] / R * rstd).unflatten(1, (groups, -1))
-        shifted = scale * (sums[:, 2] / R).unflatten(1, (groups, -1))
-        means, shifts = mean, (up * shifted.unsqueeze(-1)).sum(2).flatten(1)
-        mixing = (up.mT @ (up * (slope * scale).unsqueeze(-1))).contiguous()
-    centred, flat = torch.empty_like(h).flatten(1, 2), h.flatten(1, 2)
+    _launch.run([up_launch(dz, da, after, h, dout, gates, shared)], h.device)
+    tokens = shared_out(R, _FEWEST)
+    programs = triton.cdiv(R, tokens)
+    sums, dup = rows(streams, programs, 3, C), rows(streams, programs, C, D // groups)
+    _launch.run([sums_launch(sums, dup, dz, after, h, dout, means, tokens, shared)], h.device)
+    sums, dup, up = sums.sum(1), dup.sum(1).unflatten(1, (groups, -1)), _stacked_up(weights, groups)
+    rstd, scale, bn2_mean = _factors([w.bn2 for w in weights], eps[2], weights[0].up[:, 0])
+    # The sum of dz1 (z0 - mean): where a was centred, so is z0. Not a matrix product, which might be taken in TF32.
+    slope = (up * dup).sum(-1).flatten(1)
+    slope = rstd * (slope - bn2_mean * sums[:, 2] if means is None else slope)
+    scales, slopes, shifts = (t.unflatten(1, (groups, -1)).unsqueeze(-1) for t in (scale, rstd * slope, sums[:, 2]))
+    mixing = None
+    if means is not None:
+        mixing = (up.mT @ (up * scales * slopes / R)).contiguous()
+        dup -= slopes * (up @ covariance)
+    shifts = (up * scales * shifts / R).sum(2).flatten(1)
+    dup = (dup * scales).flatten(1, 2)
     narrow = rows(streams, triton.cdiv(R, narrow_tokens(D // groups)), 2, D)
-    _launch.run([mid_launch(da.flatten(1, 2), centred, narrow, flat, means, shifts, mixing, shared)], h.device)
-    dup = torch.stack([_weight_gradient(d, c.view_as(h[0]), groups) for d, c in zip(dz, centred)])
-    if mixing is not None:
-        dup -= R * slope.unsqueeze(-1) * (up @ covariance)
-    dup = (dup * scale.unsqueeze(-1)).flatten(1, 2)
+    _launch.run([mid_launch(da.flatten(1, 2), narrow, flat, means, shifts, mixing, shared)], h.device)
 
     table, narrow = None, narrow.sum(1)
     if weights[0].bn1 is not None:
         first, factor, first_mean = _factors([w.bn1 for w in weights], eps[1], weights[0].down[:, 0])
         averages = narrow.flip(1) / R if batch_statistics else torch.zeros_like(narrow)
         table = torch.cat((factor[:, None], averages, first_mean[:, None], first[:, None]), 1)
-    # dz has served: its memory takes LN_before(X').
-    dx, u, dh, wide, ds, dgate = torch.empty_like(dz), dz, torch.empty_like(h), rows(*grid, 2, C), None, None
+    # dz has served: its memory takes X', whitened.
+    dx, xhat, dh, ds, dgate = torch.empty_like(dz), dz, torch.empty_like(h), None, None
     if summaries is not None:
+        grid = streams, n, shared.blocks
         ds, dgate = rows(*grid, summaries.shape[2], C), rows(*grid, 1)
     gates_av = [w.gate_av for w in weights]
-    tensors_ = dx, u, dh, wide, ds, dgate, da, h, table, dout, xs, summaries, gates_av
+    tensors_ = dx, xhat, dh, ds, dgate, da, h, table, dout, xs, summaries, gates_av
     _launch.run([down_launch(*tensors_, shared)], h.device)
-    wide = wide.sum((1, 2))
-    found = []
+    dh_sums, found = dh.sum((1, 2), dtype=torch.float32), []
     for i, w in enumerate(weights):
         after = w.ln_after or Norm()
         dgate_i = sums[i, 0] if after.weight is None else sums[i, 0] * after.weight.float()
         dgate_i = dgate_i if after.bias is None else dgate_i + sums[i, 1] * after.bias.float()
         gate = 1.0 if w.gate is None else w.gate.float()
-        ddown = _weight_gradient(dh[i], u[i], groups)
         found.append(
-            {"up": dup[i], "bn1.weight": narrow[i, 0], "bn1.bias": narrow[i, 1], "down": ddown.flatten(0, 1)}
-            | {"bn2.weight": sums[i, 3], "bn2.bias": sums[i, 2], "gate": dgate_i.sum()[None]}
+            {"up": dup[i], "bn1.weight": narrow[i, 0], "bn1.bias": narrow[i, 1], "gate": dgate_i.sum()[None]}
+            | {"bn2.weight": slope[i], "bn2.bias": sums[i, 2]}
             | {"ln_after.weight": gate * sums[i, 0], "ln_after.bias": gate * sums[i, 1]}
-            | {"ln_before.weight": wide[i, 0], "ln_before.bias": wide[i, 1]}
+            | _through_ln_before(w, _weight_gradient(dh[i], xhat[i], groups), dh_sums[i])
             | ({} if dgate is None else {"gate_av": dgate[i].sum((0, 1))})
         )
     return dx, db, None if ds is None else ds.sum(2).to(h.dtype), found
+
+
+def _through_ln_before(w: Weights, product: Tensor, total: Tensor) -> dict[str, Tensor]:
+    """The gradients of down and LN_before, u = x̂ weight + bias, from dhᵀ x̂ (G, D / G, C / G) and the sum of dh (D,)."""
+    total = total.view(len(product), -1, 1)
+    down = w.down.float().view_as(product)
+    # Not matrix products, which might be taken in TF32.
+    found = {"ln_before.weight": (down * product).sum(1).flatten(), "ln_before.bias": (down * total).sum(1).flatten()}
+    norm = w.ln_before or Norm()
+    if norm.weight is not None:
+        product = product * norm.weight.float().view(len(product), 1, -1)
+    if norm.bias is not None:
+        product = product + total * norm.bias.float().view(len(product), 1, -1)
+    return found | {"down": product.flatten(0, 1)}
 
 
 def reasons(
@@ -740,6 +752,7 @@ def _build(
     ops = "adapter_training", "adapter_training_bwd"
     first, shared = (_shared(op, xs, [w, w], norm, (1e-5,) * 5, architecture) for op in ops)
     grid, gates, flat = (2, n, shared.blocks), [gate] * 2, h.flatten(1, 2)
+    after = None if norm is None else wide(2, n, N, 2)
     batch = (None,) * 3 if norm is None or statistics == "running" else (wide(2, D), wide(2, D), covariance)
     table = None if norm is None else wide(2, 5, D)
     return [
@@ -747,10 +760,14 @@ def _build(
         _gram_launch(wide(2, D), wide(2, 8, D), wide(2, 8, *covariance.shape[1:]), flat, first),
         _up_launch(out, h, xs, xs, gates, norm, first),
         *([] if norm is None else [branch_launch(out, out, xs, norm, shared)]),
-        up_launch(out, wide(*h.shape), wide(*grid, 4, width), h, out, gates, shared),
-        mid_launch(wide(*flat.shape), flat, wide(2, 8, 2, D), flat, *batch, shared),
+        up_launch(out, wide(*h.shape), after, h, out, gates, shared),
+        sums_launch(
+            *(wide(2, 4, 3, width), wide(2, 4, width, D // groups), out, after, h, out, batch[0]),
+            *(shared_out(n * N, _FEWEST), shared),
+        ),
+        mid_launch(wide(*flat.shape), wide(2, 8, 2, D), flat, *batch, shared),
         down_launch(
-            *(out, out, h, wide(*grid, 2, width), wide(*grid, latents, width), wide(*grid, 1), wide(*h.shape)),
+            *(out, out, h, wide(*grid, latents, width), wide(*grid, 1), wide(*h.shape)),
             *(h, table, out, xs, summaries, gates, shared),
         ),
     ]

@@ -1,24 +1,25 @@
 """The backward of kernels/adapter_training.py, whose docstring has the equation: every gradient of one residual step.
 
-Four kernels; a program owns BLOCK_N tokens of one image of one stream and holds their rows whole (see _tiles.py), in
-the third some tokens' bottleneck.
+Five kernels. In the first two and the last a program owns BLOCK_N tokens of one image of one stream and holds their
+rows whole (see _tiles.py), in the third CHUNK channels of some thousand tokens, in the fourth some tokens' bottleneck.
 
 _adapter_bwd_branch: from the branch B and dout to dB, through the post-norm.
-_adapter_bwd_up: from h and dout to dz1, the gradient of BN2's output, and to dz1 V, V being up with BN2's factors in
-its rows: what ReLU's output would get if BN2's statistics were constants.
-_adapter_bwd_mid: what those statistics give back is a product of D / G x D / G with a; then ReLU, and the sums that
+_adapter_bwd_up: from h and dout to dz1, the gradient of BN2's output, to dz1 V, V being up with BN2's factors in its
+rows: what ReLU's output would get if BN2's statistics were constants; and each token's statistics in LN_after.
+_adapter_bwd_sums: what is summed over tokens of rows of C: LN_after's gradients, dz1 and dz1ᵀ (a - m), of which torch
+makes the gradients of up and BN2.
+_adapter_bwd_mid: what BN2's statistics give back is a product of D / G x D / G with a; then ReLU, and the sums that
 BN1's backward takes.
-_adapter_bwd_down: from X, S and that gradient through BN1 and down to dX, dS, and to u = LN_before(X') and dh, of which
-torch makes down's gradient, as it makes up's of dz1 and a.
+_adapter_bwd_down: from X, S and that gradient through BN1 and down to dX, dS, dh and X' whitened, x̂. Of dhᵀ x̂ and
+the sum of dh torch makes the gradients of down and LN_before.
 
 float32: statistics, norms, softmax and its gradient's sums, the rows that programs leave for torch to add up, and all
-of the bottleneck. Rounded to the streams' type: what goes into products, dz1, dh, u, a - m, dX, dB, dS, and
-LN_before's normalised X' in its own backward.
-Recomputed: a, z, P, X' and the statistics of tokens; read: X, B, h and BatchNorms' statistics.
+of the bottleneck. Rounded to the streams' type: what goes into products, dz1, dh, a - m, x̂, dX, dB, dS.
+Recomputed: a and z twice, P, X' and the statistics of its tokens; read: X, B, h and BatchNorms' statistics.
 
-Bytes a token in 16 bits: X, B and dout thrice are read, dX, dB, dz1 and u written, torch's products read dz1 and u:
-22 C; 30 D of the bottleneck; and 8 C (6 + m) / BLOCK_N for the rows, written and read again.
-FLOPs: 10 C D / G, of which 2 C D / G recompute and 4 C D / G are torch's; 2 D^2 / G; 12 C m, of which 4 C m recompute.
+Bytes a token in 16 bits: X, B, dz1 and dout, four times, are read, dX, dB, dz1 and x̂ written, x̂ read by torch's
+product: 24 C; in sums h is read for every 64 channels, D C / 32 G; 28 D of the bottleneck.
+FLOPs: 12 C D / G, of which 4 C D / G recompute and 2 C D / G are torch's; 2 D² / G; 12 C m, of which 4 C m recompute.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ import triton
 import triton.language as tl
 from lavish_fast.kernels import _launch
 from lavish_fast.kernels._tiles import (
+    DEEP,
     WIDE,
     Norm,
     activated,
-    affine,
+    batch_norm,
     block,
     bottleneck,
     columns,
@@ -56,7 +58,15 @@ from lavish_fast.kernels._tiles import (
 from lavish_fast.kernels._weights import Weights
 from torch import Tensor
 
-TOKENS = 64  # of a program of _adapter_bwd_mid
+TOKENS = 64  # of a program of _adapter_bwd_mid, at least of one of those that share a stream's tokens
+SHARERS = 64  # programs at most that share a stream's tokens
+
+
+@triton.jit
+def _alone(tile):
+    """The same tile, as a sum of one. Else what is made of it on its way into a product is made where every warp has
+    all of a factor, and of parameters that go through shared memory one by one."""
+    return tl.sum(tile[None, :, :], 0).to(tile.dtype)
 
 
 @triton.jit
@@ -66,13 +76,24 @@ def load_bottleneck(rows, mask_n, GROUPS: tl.constexpr, D_G: tl.constexpr, BLOCK
     tiles = ()
     for i in tl.static_range(GROUPS * PARTS):
         offs_d = i % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
-        tiles += (tl.load(rows + i // PARTS * D_G + offs_d[None, :], mask=mask_n & (offs_d < D_G)[None, :], other=0.0),)
+        tile = tl.load(rows + i // PARTS * D_G + offs_d[None, :], mask=mask_n & (offs_d < D_G)[None, :], other=0.0)
+        tiles += (_alone(tile),)
     return tiles
 
 
 @triton.jit
+def _of_dout(tiles, t: tl.constexpr, rows, stride_c, mask_n, C_G: tl.constexpr, CHUNK: tl.constexpr):
+    """Tile t of dout, float32. Where registers allow it, all are there: one by one, each would wait for memory."""
+    if len(tiles) == 0:
+        offs, mask_c = columns(t, C_G, CHUNK)
+        return _load(rows, stride_c, mask_n, offs, mask_c)
+    else:
+        return tiles[t].to(tl.float32)
+
+
+@triton.jit
 def _load(rows, stride_c, mask_n, offs, mask_c):
-    """One tile, float32. Held from walk to walk, dout's would not leave enough registers."""
+    """One tile, float32."""
     return tl.load(rows + offs[None, :] * stride_c, mask=mask_n & mask_c[None, :], other=0.0).to(tl.float32)
 
 
@@ -80,12 +101,6 @@ def _load(rows, stride_c, mask_n, offs, mask_c):
 @triton.jit
 def _layer_norm_bwd(v, xhat, rstd, average, slope):
     return rstd[:, None] * (v - average[:, None] - xhat * slope[:, None])
-
-
-@triton.jit
-def _batch_normed(zhat, bn2, offs, mask_c):
-    """z1 of ẑ, zero outside of the channels."""
-    return tl.where(mask_c[None, :], affine(zhat, bn2, offs, mask_c), 0.0)
 
 
 @triton.jit(do_not_specialize=["images"])
@@ -140,7 +155,7 @@ def _adapter_bwd_branch(
 def _adapter_bwd_up(
     dz_ptr,  # (streams, n, N, C), of BN2's output
     da_ptr,  # (streams, n, N, D) float32: dz1 V
-    rows_ptr,  # (programs, 4, C) float32: sums over tokens of dout ẑ, dout, dz1 and dz1 (z0 - mean) / deviation
+    after_ptr,  # (streams, n, N, 2) float32: LN_after's mean and 1 / deviation
     h_ptr,  # (streams, n, N, D)
     dout_ptr,
     weights,
@@ -172,37 +187,31 @@ def _adapter_bwd_up(
     dout_rows = dout_ptr + stream * dout_strides[0] + image * dout_strides[1]
     dout_rows += offs_n.to(tl.int64)[:, None] * dout_strides[2]
     dz_rows = dz_ptr + token * C
-    sums = rows_ptr + tl.program_id(0).to(tl.int64) * 4 * C
 
     h = load_bottleneck(h_ptr + token * D, mask_n, GROUPS, D_G, BLOCK_D)
+    dout = ()
+    if C <= WIDE:
+        dout = load_tiles(dout_rows, dout_strides[3], mask_n, GROUPS * TRIPS, C_G, CHUNK)
     hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, dtype)
-    zhat = ()
+    tiles = ()
+    total, squares, v_sum, vz_sum = zeros(4, BLOCK_N, CHUNK)
     for t in tl.static_range(GROUPS * TRIPS):
         in_turn(C, D_G, dtype)
         offs, mask_c = columns(t, C_G, CHUNK)
         z = up_product(hidden, w.up, t, GROUPS * TRIPS, GROUPS, C_G, D_G, BLOCK_N, CHUNK, BLOCK_D)
-        if EPS.bn2 is not None:
-            deviation = tl.rsqrt(row(w.bn2.variance, offs, mask_c, other=1.0) + EPS.bn2)
-            z = (z - row(w.bn2.mean, offs, mask_c)) * deviation
-        zhat = hold(zhat, z, t, dz_rows, mask_n, C, C_G, CHUNK)
+        z = tl.where(mask_c[None, :], batch_norm(z, w.bn2, EPS.bn2, offs, mask_c), 0.0)
+        total += z
+        tiles = hold(tiles, z, t, dz_rows, mask_n, C, C_G, CHUNK)
 
     mean = tl.zeros((BLOCK_N,), tl.float32)
     rstd = tl.full((BLOCK_N,), 1.0, tl.float32)
     average, slope = mean, mean
     if EPS.ln_after is not None:
-        total, squares, v_sum, vz_sum = zeros(4, BLOCK_N, CHUNK)
-        for t in tl.static_range(GROUPS * TRIPS):
-            in_turn(C, D_G, dtype)
-            offs, mask_c = columns(t, C_G, CHUNK)
-            total += _batch_normed(held(zhat, t, dz_rows, mask_n, C_G, CHUNK), w.bn2, offs, mask_c)
         mean = tl.sum(total, 1) / C
         for t in tl.static_range(GROUPS * TRIPS):
-            # Else the rows of all tiles' parameters are loaded ahead, which takes more registers than there are.
-            tl.debug_barrier()
             offs, mask_c = columns(t, C_G, CHUNK)
-            z = _batch_normed(held(zhat, t, dz_rows, mask_n, C_G, CHUNK), w.bn2, offs, mask_c)
-            z = tl.where(mask_c[None, :], z - mean[:, None], 0.0)
-            v = gate * _load(dout_rows, dout_strides[3], mask_n, offs, mask_c)
+            z = tl.where(mask_c[None, :], held(tiles, t, dz_rows, mask_n, C_G, CHUNK) - mean[:, None], 0.0)
+            v = _of_dout(dout, t, dout_rows, dout_strides[3], mask_n, C_G, CHUNK)
             if w.ln_after.weight is not None:
                 v *= row(w.ln_after.weight, offs, mask_c)
             squares += z * z
@@ -210,28 +219,24 @@ def _adapter_bwd_up(
             vz_sum += v * z
         rstd = tl.rsqrt(tl.sum(squares, 1) / C + EPS.ln_after)
         average, slope = tl.sum(v_sum, 1) / C, rstd * tl.sum(vz_sum, 1) / C
+        tl.store(after_ptr + token * 2, mean[:, None], mask=mask_n)
+        tl.store(after_ptr + token * 2 + 1, rstd[:, None], mask=mask_n)
 
+    tl.debug_barrier()  # else the parameters that were read wait in registers
     for g in tl.static_range(GROUPS):
         das = zeros(PARTS, BLOCK_N, BLOCK_D)
         for k in tl.static_range(TRIPS):
-            tl.debug_barrier()
             offs, mask_c = columns(g * TRIPS + k, C_G, CHUNK)
-            d = _load(dout_rows, dout_strides[3], mask_n, offs, mask_c)
-            z0 = held(zhat, g * TRIPS + k, dz_rows, mask_n, C_G, CHUNK)
-            z = _batch_normed(z0, w.bn2, offs, mask_c)
-            dz = gate * d
+            dz = _of_dout(dout, g * TRIPS + k, dout_rows, dout_strides[3], mask_n, C_G, CHUNK)
             if EPS.ln_after is not None:
-                z = (z - mean[:, None]) * rstd[:, None]
+                z = (held(tiles, g * TRIPS + k, dz_rows, mask_n, C_G, CHUNK) - mean[:, None]) * rstd[:, None]
                 if w.ln_after.weight is not None:
                     dz *= row(w.ln_after.weight, offs, mask_c)
-                dz = tl.where(mask_n & mask_c[None, :], _layer_norm_bwd(dz, z, rstd, average, slope), 0.0)
+                dz = _layer_norm_bwd(dz, z, rstd, average, slope)
+            dz *= gate
             tl.store(dz_rows + offs[None, :], dz.to(dtype), mask=mask_n & mask_c[None, :])
-            tl.store(sums + offs, tl.sum(d * z, 0), mask=mask_c)
-            tl.store(sums + C + offs, tl.sum(d, 0), mask=mask_c)
             scaled = dz
             if EPS.bn2 is not None:
-                tl.store(sums + 2 * C + offs, tl.sum(dz, 0), mask=mask_c)
-                tl.store(sums + 3 * C + offs, tl.sum(dz * z0, 0), mask=mask_c)
                 scaled *= tl.rsqrt(row(w.bn2.variance, offs, mask_c, other=1.0) + EPS.bn2)
             if w.bn2.weight is not None:
                 scaled *= row(w.bn2.weight, offs, mask_c)
@@ -247,13 +252,98 @@ def _adapter_bwd_up(
             tl.store(da_ptrs, das[part], mask=mask_n & (offs_d < D_G)[None, :])
 
 
+# In a program that holds rows, sums over tokens go through shared memory tile by tile. Here a token's place in a tile
+# has its own, in a register, until all tokens are through.
+@triton.jit(do_not_specialize=["N", "R", "tokens"])
+def _adapter_bwd_sums(
+    rows_ptr,  # (streams, programs, 3, C) float32: sums over a program's tokens of dout ẑ, ẑ LN_after's, dout and dz1
+    products_ptr,  # (streams, programs, C, D / G) float32: dz1ᵀ (a - m) of a program's tokens
+    dz_ptr,  # (streams, R, C)
+    after_ptr,  # (streams, R, 2) float32
+    h_ptr,  # (streams, R, D)
+    dout_ptr,
+    weights,
+    means_ptr,  # (streams, D) float32: m, or None
+    dout_strides,
+    N,
+    R,
+    tokens,  # of a program
+    C: tl.constexpr,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    C_G: tl.constexpr = C // GROUPS
+    D_G: tl.constexpr = D // GROUPS
+    TRIPS: tl.constexpr = (C_G + CHUNK - 1) // CHUNK
+    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
+    dtype: tl.constexpr = dz_ptr.dtype.element_ty
+    stream = tl.program_id(2).to(tl.int64)
+    w = weights[0]
+    if stream == 1:
+        w = weights[STREAMS - 1]
+    g = tl.program_id(1) // TRIPS
+    offs_c = tl.program_id(1) % TRIPS * CHUNK + tl.arange(0, CHUNK)
+    offs, mask_c = g * C_G + offs_c, offs_c < C_G
+    dout_ptr += stream * dout_strides[0]
+    if means_ptr is not None:
+        means_ptr += stream * D
+    dz_ptr += stream * R * C
+    h_ptr += stream * R * D
+    dzhat_sum, d_sum, dz_sum = zeros(3, BLOCK_R, CHUNK)
+    products = zeros(PARTS, BLOCK_D, CHUNK)
+    start = tl.program_id(0) * tokens
+    for offset in range(0, tokens, BLOCK_R):
+        offs_r = start + offset + tl.arange(0, BLOCK_R)
+        mask_n = (offs_r < tl.minimum(start + tokens, R))[:, None]
+        mask = mask_n & mask_c[None, :]
+        token = offs_r.to(tl.int64)[:, None]
+        # dout is loaded first, used last: the compiler loads ahead what goes into products alone.
+        image, offs_n = (offs_r // N).to(tl.int64)[:, None], (offs_r % N).to(tl.int64)[:, None]
+        dout_rows = dout_ptr + image * dout_strides[1] + offs_n * dout_strides[2]
+        d = tl.load(dout_rows + offs[None, :] * dout_strides[3], mask=mask, other=0.0)
+        mean, rstd = 0.0, 1.0
+        if EPS.ln_after is not None:
+            after = after_ptr + (stream * R + token) * 2
+            mean, rstd = tl.load(after, mask=mask_n, other=0.0), tl.load(after + 1, mask=mask_n, other=0.0)
+        dz = tl.load(dz_ptr + token * C + offs[None, :], mask=mask, other=0.0)
+        z = tl.zeros((BLOCK_R, CHUNK), tl.float32)
+        added = ()
+        for part in tl.static_range(PARTS):
+            offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+            channels, mask_d = g * D_G + offs_d, offs_d < D_G
+            h = tl.load(h_ptr + token * D + channels[None, :], mask=mask_n & mask_d[None, :], other=0.0)
+            a = activated(_alone(h), w.bn1, EPS.bn1, channels, mask_d, dtype)
+            up_ptrs, mask_up = up_tile(w.up, offs, mask_c, part, D_G, BLOCK_D)
+            z = tl.dot(a, tl.load(up_ptrs, mask=mask_up, other=0.0).T, z, input_precision="tf32x3")
+            if means_ptr is not None:
+                a = (a.to(tl.float32) - row(means_ptr, channels, mask_d)).to(dtype)
+            added += (tl.dot(a.T, dz, products[part], input_precision="tf32x3"),)
+        products = added
+        z = (batch_norm(z, w.bn2, EPS.bn2, offs, mask_c) - mean) * rstd
+        d_sum += d.to(tl.float32)
+        dzhat_sum += d.to(tl.float32) * z
+        dz_sum += dz.to(tl.float32)
+    program = stream * tl.num_programs(0) + tl.program_id(0)
+    sums = rows_ptr + program * 3 * C + offs
+    tl.store(sums, tl.sum(dzhat_sum, 0), mask=mask_c)
+    tl.store(sums + C, tl.sum(d_sum, 0), mask=mask_c)
+    tl.store(sums + 2 * C, tl.sum(dz_sum, 0), mask=mask_c)
+    for part in tl.static_range(PARTS):
+        product_ptrs, mask = up_tile(products_ptr + program * C * D_G, offs, mask_c, part, D_G, BLOCK_D)
+        tl.store(product_ptrs, products[part].T, mask=mask)
+
+
 # BN2 gives dz0 = c (dz1 - s_b - ẑ s_g), c = weight / σ, s_b and s_g the means of dz1 and dz1 ẑ, ẑ = up (a - m) / σ.
 # With V = up scaled by c, row by row: da = dz0 up = dz1 V - s_b V - (a - m) upᵀ diag(s_g / σ) V, where the last three
 # factors are a matrix of D / G x D / G.
 @triton.jit(do_not_specialize=["R"])
 def _adapter_bwd_mid(
     da_ptr,  # (streams, R, D) float32: dz1 V, and then the gradient of BN1's output
-    centred_ptr,  # (streams, R, D): a - m, or a where BN2 has no batch statistics
     rows_ptr,  # (streams, programs, 2, D) float32: sums over tokens of da (h - mean) / deviation and da
     h_ptr,  # (streams, R, D)
     weights,
@@ -270,7 +360,7 @@ def _adapter_bwd_mid(
 ):
     D_G: tl.constexpr = D // GROUPS
     PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
-    dtype: tl.constexpr = centred_ptr.dtype.element_ty
+    dtype: tl.constexpr = h_ptr.dtype.element_ty
     stream, g = tl.program_id(1), tl.program_id(2)
     w = weights[0]
     if stream == 1:
@@ -297,12 +387,9 @@ def _adapter_bwd_mid(
                 mixed = tl.dot(centred, mixing, mixed, input_precision="tf32x3")
             da -= row(shifts_ptr + stream * D, offs, mask_d) + mixed
         h = tl.load(h_ptr + token * D + offs[None, :], mask=mask, other=0.0)
-        a = activated(h, w.bn1, EPS.bn1, offs, mask_d, dtype).to(tl.float32)
+        a = activated(h, w.bn1, EPS.bn1, offs, mask_d, dtype)
         da = tl.where(mask & (a > 0), da, 0.0)
         tl.store(da_ptr + token * D + offs[None, :], da, mask=mask)
-        if means_ptr is not None:
-            a -= row(means_ptr + stream * D, offs, mask_d)
-        tl.store(centred_ptr + token * D + offs[None, :], a.to(dtype), mask=mask)
         if EPS.bn1 is not None:
             rstd = tl.rsqrt(row(w.bn1.variance, offs, mask_d, other=1.0) + EPS.bn1)
             hhat = (h.to(tl.float32) - row(w.bn1.mean, offs, mask_d)) * rstd
@@ -337,9 +424,8 @@ def _du(
 @triton.jit(do_not_specialize=["images"])
 def _adapter_bwd_down(
     dx_ptr,  # (streams, n, N, C)
-    u_ptr,  # the same: LN_before(X')
+    xhat_ptr,  # the same: X', whitened where it has a norm
     dh_ptr,  # (streams, n, N, D)
-    rows_ptr,  # (programs, 2, C) float32: sums over tokens of du x̂ and du
     ds_ptr,  # (programs, m, C) float32
     dgate_ptr,  # (programs,) float32, of gate_av
     da_ptr,  # (streams, n, N, D) float32, of BN1's output
@@ -387,26 +473,25 @@ def _adapter_bwd_down(
     dx_rows = dx_ptr + token * C
     x_rows = token_rows(xs, x_strides, stream, image, offs_n, STREAMS)
 
-    # 1. X', whitened where it has a norm; u.
-    x = load_tiles(x_rows, 1, mask_n, GROUPS * TRIPS, C_G, CHUNK)
+    # 1. X', whitened where it has a norm.
+    x_tiles = load_tiles(x_rows, 1, mask_n, GROUPS * TRIPS, C_G, CHUNK)
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = (offs_m < M)[:, None]
     s_rows, weights_m, p = None, None, None
     if summaries_ptr is not None:
         s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
-        weights_m = softmax_of_latents(x, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
+        weights_m = softmax_of_latents(x_tiles, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
         p = weights_m.to(dtype)
-    x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK, HELD)
+    x = seen(x_tiles, s_rows, mask_m, p, gate_av, C_G, CHUNK, HELD)
     mean, rstd = moments(x, None, mask_n, EPS.ln_before, C, C_G, BLOCK_N, CHUNK)
     xhat = ()
     for t in tl.static_range(GROUPS * TRIPS):
         offs, mask_c = columns(t, C_G, CHUNK)
-        u = x[t].to(tl.float32)
+        tile = x[t].to(tl.float32)
         if EPS.ln_before is not None:
-            u = (u - mean[:, None]) * rstd[:, None]
-            xhat += (tl.where(mask_c[None, :], u, 0.0).to(dtype),)
-            u = affine(u, w.ln_before, offs, mask_c)
-        tl.store(u_ptr + token * C + offs[None, :], u.to(dtype), mask=mask_n & mask_c[None, :])
+            tile = tl.where(mask_c[None, :], (tile - mean[:, None]) * rstd[:, None], 0.0)
+        xhat += (tile.to(dtype),)
+        tl.store(xhat_ptr + token * C + offs[None, :], xhat[t], mask=mask_n & mask_c[None, :])
 
     # 2. Through BN1 and down.
     dh = ()
@@ -437,8 +522,6 @@ def _adapter_bwd_down(
             in_turn(C, D_G, dtype)
             offs, mask_c = columns(t, C_G, CHUNK)
             v, normed = held(dr, t, dx_rows, mask_n, C_G, CHUNK), xhat[t].to(tl.float32)
-            tl.store(rows_ptr + program * 2 * C + offs, tl.sum(v * normed, 0), mask=mask_c)
-            tl.store(rows_ptr + program * 2 * C + C + offs, tl.sum(v, 0), mask=mask_c)
             if w.ln_before.weight is not None:
                 v *= row(w.ln_before.weight, offs, mask_c)
             v_sum += v
@@ -451,6 +534,10 @@ def _adapter_bwd_down(
             v = held(scaled, t, dx_rows, mask_n, C_G, CHUNK)
             d = _layer_norm_bwd(v, xhat[t].to(tl.float32), rstd, average, slope)
             dr = hold(dr, tl.where(mask_n & mask_c[None, :], d, 0.0), t, dx_rows, mask_n, C, C_G, CHUNK)
+
+    dout = ()
+    if C <= WIDE:
+        dout = load_tiles(dout_rows, dout_strides[3], mask_n, GROUPS * TRIPS, C_G, CHUNK)
 
     # 4. Through the softmax.
     dlogits = p
@@ -471,9 +558,11 @@ def _adapter_bwd_down(
         offs, mask_c = columns(t, C_G, CHUNK)
         mask = mask_n & mask_c[None, :]
         d = held(dr, t, dx_rows, mask_n, C_G, CHUNK)
-        dx = _load(dout_rows, dout_strides[3], mask_n, offs, mask_c) + d
+        dx = _of_dout(dout, t, dout_rows, dout_strides[3], mask_n, C_G, CHUNK) + d
         if summaries_ptr is not None:
-            x_tile = tl.load(x_rows + offs[None, :], mask=mask, other=0.0)
+            x_tile = x_tiles[t]
+            if C > WIDE or D_G > DEEP:  # where registers are short, it is read once more
+                x_tile = tl.load(x_rows + offs[None, :], mask=mask, other=0.0)
             s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
             dx += tl.dot(dlogits, s, input_precision="tf32x3")
             ds = gate_av * tl.dot(p.T, d.to(dtype), input_precision="tf32x3")
@@ -515,10 +604,50 @@ def branch_launch(
 
 
 def up_launch(
-    dz: Tensor, da: Tensor, rows: Tensor, h: Tensor, dout: Tensor, gates: Sequence[Tensor | None], shared: Shared
+    dz: Tensor,
+    da: Tensor,
+    after: Tensor | None,
+    h: Tensor,
+    dout: Tensor,
+    gates: Sequence[Tensor | None],
+    shared: Shared,
 ) -> _launch.Launch:
-    args = dz, da, rows, h, dout, shared.weights, tuple(gates), dout.stride(), shared.images, shared.N
-    return shared.launch(_adapter_bwd_up, args)
+    args = dz, da, after, h, dout, shared.weights, tuple(gates), dout.stride(), shared.images, shared.N
+    # Of products with as many rows as columns Triton gives a warp all columns of 16 rows, each row to several warps.
+    constants = shared.constants
+    block_d = max(constants["BLOCK_D"], 2 * constants["BLOCK_N"] if constants["BLOCK_N"] < 64 else 16)
+    return shared.launch(_adapter_bwd_up, args, BLOCK_D=block_d)
+
+
+def shared_out(R: int, fewest: int = 1) -> int:
+    """Tokens of a program of those, `SHARERS` at most, that share a stream's."""
+    return TOKENS * triton.cdiv(max(triton.cdiv(R, SHARERS), fewest), TOKENS)
+
+
+def sums_launch(
+    rows: Tensor,
+    products: Tensor,
+    dz: Tensor,
+    after: Tensor | None,
+    h: Tensor,
+    dout: Tensor,
+    means: Tensor | None,
+    tokens: int,
+    shared: Shared,
+) -> _launch.Launch:
+    """rows (streams, programs, 3, C), products (streams, programs, C, D / G), a program for `tokens` tokens."""
+    R = shared.images * shared.N
+    constants = {name: shared.constants[name] for name in ("C", "D", "GROUPS", "STREAMS", "EPS")}
+    channels, width = (constants[name] // constants["GROUPS"] for name in ("C", "D"))
+    narrow = dz.element_size() == 2 and width <= 64
+    # BLOCK_D below CHUNK: see `up_launch`.
+    constants |= {"BLOCK_R": TOKENS // 2, "CHUNK": 128 // dz.element_size(), "BLOCK_D": 16 if width <= 16 else 32}
+    constants |= {"num_warps": 8, "num_stages": 3 if narrow else 2, "maxnreg": 128 if narrow else None}
+    grid = rows.shape[1], constants["GROUPS"] * triton.cdiv(channels, constants["CHUNK"]), len(rows)
+    # The interpreter takes no bound that it does not know.
+    tokens = tl.constexpr(tokens) if h.is_cpu else tokens
+    args = rows, products, dz, after, h, dout, shared.weights, means, dout.stride(), shared.N, R, tokens
+    return _launch.Launch(_adapter_bwd_sums, grid, args, constants)
 
 
 def narrow_tokens(D_G: int) -> int:
@@ -528,7 +657,6 @@ def narrow_tokens(D_G: int) -> int:
 
 def mid_launch(
     da: Tensor,
-    centred: Tensor,
     rows: Tensor,
     h: Tensor,
     means: Tensor | None,
@@ -536,9 +664,9 @@ def mid_launch(
     mixing: Tensor | None,
     shared: Shared,
 ) -> _launch.Launch:
-    """da, centred, h (streams, R, D); rows (streams, programs, 2, D), a program for `narrow_tokens` tokens."""
+    """da, h (streams, R, D); rows (streams, programs, 2, D), a program for `narrow_tokens` tokens."""
     R = h.shape[1]
-    args = da, centred, rows, h, shared.weights, means, shifts, mixing, R
+    args = da, rows, h, shared.weights, means, shifts, mixing, R
     constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS", "BLOCK_D")}
     tokens = narrow_tokens(constants["D"] // constants["GROUPS"])
     constants["BLOCK_D"] = min(constants["BLOCK_D"], tokens)
@@ -548,9 +676,8 @@ def mid_launch(
 
 def down_launch(
     dx: Tensor,
-    u: Tensor,
+    xhat: Tensor,
     dh: Tensor,
-    rows: Tensor,
     ds: Tensor | None,
     dgate: Tensor | None,
     da: Tensor,
@@ -565,9 +692,8 @@ def down_launch(
     latents = 0 if summaries is None else summaries.shape[2]
     args = (
         dx,
-        u,
+        xhat,
         dh,
-        rows,
         ds,
         dgate,
         da,
