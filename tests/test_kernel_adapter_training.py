@@ -627,4 +627,6 @@ def test_autocast_changes_nothing():
 def test_build():
     # Without BN2, or by its running statistics, nothing comes back from them.
     without = "float16 384 groups 1 norms none", "bfloat16 768 statistics running"
-    assert_built("adapter_training", None, *(("_adapter_bwd_mid", case) for case in without))
+    # Of the paper's second setting _adapter_bwd_down spills two registers on sm_80.
+    spills = {"bfloat16 768 reduction 4 latents 16": 8}
+    assert_built("adapter_training", spills, *(("_adapter_bwd_mid", case) for case in without))
