@@ -209,20 +209,13 @@ def window_attention(
     attend, given = reference.cosine_attention, (qkv, logit_scale, table, window, shift)
     tokens, d = window * window, qkv.shape[-1] // (3 * len(logit_scale))
     width = tokens if window_kernel is None else window_kernel.tuning_width(tokens, d)
-    why = "asked for"
+    why, reasons = "asked for", partial(_reasons, window_kernel, *given)
     if path == "auto" and not torch.is_grad_enabled():
         path, why = attention_kernels.fastest(qkv), f"the fastest on {qkv.device.type}"
     if path in ("sdpa", "xformers"):
         attend = getattr(attention_kernels, path)
         _record("window_attention", qkv, path, [why], width)
-    elif choose(
-        "window_attention",
-        path,
-        qkv,
-        width,
-        partial(_reasons, window_kernel, *given),
-        _with_backward("window_attention", qkv),
-    ):
+    elif choose("window_attention", path, qkv, width, reasons, _with_backward("window_attention", qkv)):
         return window_kernel.window_attention(*given)
     return reference.window_attention(qkv, logit_scale, bias, mask, order, attend=attend)
 
