@@ -620,8 +620,8 @@ def up_launch(
 
 
 def shared_out(R: int, fewest: int = 1) -> int:
-    """Tokens of a program of those, `SHARERS` at most, that share a stream's."""
-    return TOKENS * triton.cdiv(max(triton.cdiv(R, SHARERS), fewest), TOKENS)
+    """Tokens of a program of those, `SHARERS` at most, that share a stream's R."""
+    return TOKENS * triton.cdiv(max(triton.cdiv(R, SHARERS), min(fewest, R), 1), TOKENS)
 
 
 def sums_launch(

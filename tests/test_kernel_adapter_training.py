@@ -244,8 +244,8 @@ def test_sums_over_tokens_in_parts(n, tokens, width, batch, monkeypatch):
 
 
 def test_how_many_share_the_tokens():
-    sizes = (1, 1), (64, 1), (65, 1), (4096, 1), (4097, 1), (2000, 2048), (23040, 2048), (368640, 2048)
-    assert [shared_out(*size) for size in sizes] == [64, 64, 64, 64, 128, 2048, 2048, 5760]
+    sizes = (0, 1), (64, 1), (65, 1), (4096, 1), (4097, 1), (9, 2048), (2000, 2048), (23040, 2048), (368640, 2048)
+    assert [shared_out(*size) for size in sizes] == [64, 64, 64, 64, 128, 64, 2048, 2048, 5760]
 
 
 @pytest.mark.parametrize("batch", [True, False])
