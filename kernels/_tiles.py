@@ -17,6 +17,9 @@ from torch import Tensor
 # Channels, and those of a group's bottleneck, above which registers are short: what a program holds is rounded, as the
 # reference rounds it, some of it waits in a result's rows, and tiles are taken in turn.
 WIDE, DEEP = tl.constexpr(1024), tl.constexpr(64)
+# Latents up to which products with them are sums of multiples: a tile of 16 of them is mostly padding, and its products
+# take each tile of the stream through shared memory.
+FEW = tl.constexpr(2)
 
 
 class Norm(NamedTuple):
@@ -152,39 +155,127 @@ def batch_norm(x, norm, EPS: tl.constexpr, offs, mask):
 
 
 @triton.jit
+def latent_rows(s, offs, mask_c, M: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile (BLOCK_M, CHUNK) of S. s: a pointer to the image's latents and the stride from one to the next."""
+    offs_m = tl.arange(0, BLOCK_M)[:, None]
+    return tl.load(s[0] + offs_m * s[1] + offs[None, :], mask=(offs_m < M) & mask_c[None, :], other=0.0)
+
+
+@triton.jit
+def times_latents(
+    tiles,
+    rows,
+    mask_n,
+    s,
+    M: tl.constexpr,
+    C: tl.constexpr,
+    C_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """X Sᵀ of what is `held`, float32: (BLOCK_N, BLOCK_M), or of FEW latents a tuple of columns (BLOCK_N,)."""
+    TILES: tl.constexpr = C // C_G * ((C_G + CHUNK - 1) // CHUNK)
+    if M <= FEW:
+        sums = zeros(M, BLOCK_N, CHUNK)
+        for t in tl.static_range(TILES):
+            offs, mask_c = columns(t, C_G, CHUNK)
+            x, added = held(tiles, t, rows, mask_n, C_G, CHUNK), ()
+            for m in tl.static_range(M):
+                added += (sums[m] + x * row(s[0] + m * s[1], offs, mask_c),)
+            sums = added
+        products = ()
+        for m in tl.static_range(M):
+            products += (tl.sum(sums[m], 1),)
+        return products
+    else:
+        products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for t in tl.static_range(TILES):
+            in_turn(C, 2 * BLOCK_M, s[0].dtype.element_ty)  # of S a row is whole, of down a group's
+            offs, mask_c = columns(t, C_G, CHUNK)
+            x = held(tiles, t, rows, mask_n, C_G, CHUNK).to(s[0].dtype.element_ty)
+            products = tl.dot(x, latent_rows(s, offs, mask_c, M, BLOCK_M).T, products, input_precision="tf32x3")
+        return products
+
+
+@triton.jit
+def of_latents(p, s, offs, mask_c, M: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile of P S, float32. p: as `times_latents` gives it, rounded here to the type of S."""
+    dtype: tl.constexpr = s[0].dtype.element_ty
+    if M <= FEW:
+        tile = p[0].to(dtype).to(tl.float32)[:, None] * row(s[0], offs, mask_c)
+        for m in tl.static_range(1, M):
+            tile += p[m].to(dtype).to(tl.float32)[:, None] * row(s[0] + m * s[1], offs, mask_c)
+        return tile
+    else:
+        return tl.dot(p.to(dtype), latent_rows(s, offs, mask_c, M, BLOCK_M), input_precision="tf32x3")
+
+
+@triton.jit
+def by_latent(p, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(BLOCK_N, BLOCK_M), also of columns."""
+    if M <= FEW:
+        matrix = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for m in tl.static_range(M):
+            matrix = tl.where((tl.arange(0, BLOCK_M) == m)[None, :], p[m][:, None], matrix)
+        return matrix
+    else:
+        return p
+
+
+@triton.jit
 def softmax_of_latents(
     x,
-    s_rows,
-    mask_m,
+    s,
     M: tl.constexpr,
     C_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """P = softmax(X Sᵀ), (BLOCK_N, BLOCK_M) float32."""
-    logits = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for t in tl.static_range(len(x)):
-        in_turn(len(x) * CHUNK, 2 * BLOCK_M, s_rows.dtype.element_ty)  # of S a row is whole, of down a group's
-        offs, mask_c = columns(t, C_G, CHUNK)
-        s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
-        logits = tl.dot(x[t], s.T, logits, input_precision="tf32x3")
-    logits = tl.where((tl.arange(0, BLOCK_M) < M)[None, :], logits, float("-inf"))
-    p = tl.exp(logits - tl.max(logits, 1)[:, None])
-    return p / tl.sum(p, 1)[:, None]
+    """P = softmax(X Sᵀ), as `times_latents` gives it."""
+    TRIPS: tl.constexpr = (C_G + CHUNK - 1) // CHUNK
+    logits = times_latents(x, None, None, s, M, len(x) // TRIPS * C_G, C_G, BLOCK_N, BLOCK_M, CHUNK)
+    if M <= FEW:
+        high = logits[0]
+        for m in tl.static_range(1, M):
+            high = tl.maximum(high, logits[m])
+        weights, total = (), tl.zeros((BLOCK_N,), tl.float32)
+        for m in tl.static_range(M):
+            weights += (tl.exp(logits[m] - high),)
+            total += weights[m]
+        p = ()
+        for m in tl.static_range(M):
+            p += (weights[m] / total,)
+        return p
+    else:
+        logits = tl.where((tl.arange(0, BLOCK_M) < M)[None, :], logits, float("-inf"))
+        p = tl.exp(logits - tl.max(logits, 1)[:, None])
+        return p / tl.sum(p, 1)[:, None]
 
 
 @triton.jit
-def seen(x, s_rows, mask_m, p, gate_av, C_G: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr):
-    """X' = X + g_av P S, of type HELD; X where there are no summaries. p: rounded."""
+def seen(
+    x,
+    s,
+    p,
+    gate_av,
+    M: tl.constexpr,
+    C_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """X' = X + g_av P S, of type HELD; X where there are no summaries."""
+    if s is not None:
+        tl.debug_barrier()  # else S, which the logits have read, waits in registers
     tiles = ()
     for t in tl.static_range(len(x)):
         tile = x[t].to(tl.float32)
-        if s_rows is not None:
-            in_turn(len(x) * CHUNK, 2 * p.shape[1], s_rows.dtype.element_ty)
+        if s is not None:
+            in_turn(len(x) * CHUNK, 2 * BLOCK_M, s[0].dtype.element_ty)
             offs, mask_c = columns(t, C_G, CHUNK)
-            s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
-            tile += gate_av * tl.dot(p, s, input_precision="tf32x3")
+            tile += gate_av * of_latents(p, s, offs, mask_c, M, BLOCK_M)
         tiles += (tile.to(HELD),)
     return tiles
 

@@ -13,7 +13,7 @@ import torch
 DEFAULTS: dict[str, list[dict[str, Any]]] = {
     "adapter": [  # width: of the stream, C
         {"bytes": 2, "width": 192, "BLOCK_N": 64, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
-        {"bytes": 2, "width": 384, "BLOCK_N": 32, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
+        {"bytes": 2, "width": 384, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
         {"bytes": 2, "width": 768, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8},
         {"bytes": 2, "width": 2048, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 128, "num_warps": 8},
         {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 4},

@@ -18,7 +18,7 @@ Bytes: device memory gives X and B and takes out once each, 6 C a token in 16 bi
 where there is a post-norm, B once more for the sum and, to BLOCK_N tokens together, 4 C D / G of weights and 4 C m of
 S: 13 KB a token at C = 768, D / G = 48, BLOCK_N = 16, which is as long on its way from L2 as the streams from device
 memory.
-FLOPs: 4 C m + 4 C D / G a token, with m and D / G padded to powers of two from 16 on.
+FLOPs: 4 C m + 4 C D / G a token, with D / G, and m beyond FEW, padded to powers of two from 16 on.
 """
 
 from __future__ import annotations
@@ -98,13 +98,11 @@ def _adapter_fwd(
     out_rows = out_ptr + ((stream * images + image) * N + offs_n)[:, None] * C
 
     x = load_tiles(x_rows, 1, mask_n, TILES, C_G, CHUNK)
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_m = (offs_m < M)[:, None]
-    s_rows, p = None, None
+    s, p = None, None
     if summaries_ptr is not None:
-        s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
-        p = softmax_of_latents(x, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK).to(dtype)
-    x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK, dtype if C > WIDE else tl.float32)
+        s = summaries_ptr + stream * stride_s_stream + image * stride_s_n, stride_s_m
+        p = softmax_of_latents(x, s, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
+    x = seen(x, s, p, gate_av, M, C_G, BLOCK_M, CHUNK, dtype if C > WIDE else tl.float32)
     mean, rstd = moments(x, None, mask_n, EPS.ln_before, C, C_G, BLOCK_N, CHUNK)
     h = down_product(x, mean, rstd, w, EPS, D, GROUPS, C_G, BLOCK_N, CHUNK, BLOCK_D, dtype)
     hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, dtype)

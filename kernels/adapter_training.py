@@ -21,7 +21,7 @@ Bytes a token in 16 bits: X twice, B, out: 8 C, and 6 D for h. FLOPs: 4 C D / G 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,13 +112,11 @@ def _adapter_down(
     parts = parts_ptr + tl.program_id(0).to(tl.int64) * 2 * D
 
     x = load_tiles(token_rows(xs, x_strides, stream, image, offs_n, STREAMS), 1, mask_n, TILES, C_G, CHUNK)
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_m = (offs_m < M)[:, None]
-    s_rows, p = None, None
+    s, p = None, None
     if summaries_ptr is not None:
-        s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
-        p = softmax_of_latents(x, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK).to(dtype)
-    x = seen(x, s_rows, mask_m, p, gate_av, C_G, CHUNK, dtype if C > WIDE else tl.float32)
+        s = summaries_ptr + stream * stride_s_stream + image * stride_s_n, stride_s_m
+        p = softmax_of_latents(x, s, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
+    x = seen(x, s, p, gate_av, M, C_G, BLOCK_M, CHUNK, dtype if C > WIDE else tl.float32)
     mean, rstd = moments(x, None, mask_n, EPS.ln_before, C, C_G, BLOCK_N, CHUNK)
     products = down_product(x, mean, rstd, w, EPS, D, GROUPS, C_G, BLOCK_N, CHUNK, BLOCK_D, dtype)
     count = tl.sum(mask_n.to(tl.float32), 0)
@@ -317,9 +315,9 @@ def _up_launch(
 
 def _merged(parts: Tensor, shared: Shared) -> Tensor:
     """Mean and biased variance (streams, 2, D) of all tokens, from those of programs (streams, n, blocks, 2, D)."""
-    step = shared.constants["BLOCK_N"]
-    counts = shared.N - step * torch.arange(shared.blocks, device=parts.device)
-    counts = counts.clamp_max(step).float()[:, None]
+    counts = step = shared.constants["BLOCK_N"]
+    if shared.N % step:
+        counts = (shared.N - step * torch.arange(shared.blocks, device=parts.device)).clamp_max(step)[:, None]
     means, squares = parts.unbind(3)
     R = shared.images * shared.N
     mean = (means * counts).sum((1, 2)) / R
@@ -341,9 +339,14 @@ def _covariance(h: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
     return firsts + delta, grams.sum(1) / R - by_group.unsqueeze(-1) * by_group.unsqueeze(-2)
 
 
+def _stacked(tensors: Iterable[Tensor]) -> Tensor:
+    """Of the streams, float32: what is made of it takes as many launches for two as for one."""
+    return torch.stack(list(tensors)).float()
+
+
 def _stacked_up(weights: Sequence[Weights], groups: int) -> Tensor:
     """up (streams, G, C / G, D / G), float32."""
-    return torch.stack([w.up.float() for w in weights]).unflatten(1, (groups, -1))
+    return _stacked(w.up for w in weights).unflatten(1, (groups, -1))
 
 
 def _raised(mean: Tensor, covariance: Tensor, up: Tensor) -> Tensor:
@@ -355,19 +358,22 @@ def _raised(mean: Tensor, covariance: Tensor, up: Tensor) -> Tensor:
     return torch.stack((raised, variance), 1).flatten(2)
 
 
-def _weight_gradient(d: Tensor, x: Tensor, groups: int) -> Tensor:
-    """dᵀ x over all tokens by group, float32: d (n, N, G p), x (n, N, G q) -> (G, p, q).
+def _weight_gradients(d: Tensor, x: Tensor, groups: int) -> Tensor:
+    """dᵀ x over each stream's tokens by group: d (streams, n, N, G p), x (streams, n, N, G q) -> (streams, G, p, q).
 
-    The sum is long and the result small, so that its tokens are split into products of some thousand: one product
-    would have a few programs of a card walk through all of them. Groups that do not begin at 16 bytes, which slows
-    every load, are multiplied with one another too, and what they have in common is left out.
+    float32. The sum is long and the result small, so that its tokens are split into products of some thousand: one
+    product would have a few programs of a card walk through all of them. Groups that do not begin at 16 bytes, which
+    slows every load, are multiplied with one another too, and what they have in common is left out.
     """
-    parts = _parts(*x.shape[:2])
-    d, x = (t.reshape(parts, len(t) // parts * t.shape[1], t.shape[2]) for t in (d, x))
+    streams, n, N = x.shape[:3]
+    parts = _parts(n, N)
+    d, x = (t.reshape(streams * parts, n // parts * N, t.shape[3]) for t in (d, x))
     if any(t.shape[2] // groups % 8 for t in (d, x)):
-        whole = _products(d.mT, x).sum(0).unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # (G, p, G, q)
-        return torch.stack([whole[g, :, g] for g in range(groups)])
-    return torch.stack([_products(p.mT, q).sum(0) for p, q in zip(d.chunk(groups, 2), x.chunk(groups, 2))])
+        whole = _products(d.mT, x).unflatten(0, (streams, parts)).sum(1)
+        whole = whole.unflatten(2, (groups, -1)).unflatten(1, (groups, -1))  # (streams, G, p, G, q)
+        return torch.stack([whole[:, g, :, g] for g in range(groups)], 1)
+    by_group = [_products(p.mT, q) for p, q in zip(d.chunk(groups, 2), x.chunk(groups, 2))]
+    return torch.stack([product.unflatten(0, (streams, parts)).sum(1) for product in by_group], 1)
 
 
 def _parts(n: int, N: int) -> int:
@@ -420,20 +426,22 @@ def _forward(xs, branches, summaries, given, post_norm, eps, batch_statistics):
 _STATISTICS = (2, 0), (2, 0), (0,), (0, 0, 0)  # of each stream, where they are not the batch's
 
 
-def _factors(norms: Sequence[BatchNorm | None], eps: float, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorms' 1 / deviation, that times their weight, and their means, (streams, width) float32; like: (width,)."""
+def _factors(norms: Sequence[BatchNorm | None], batch: Tensor, eps: float) -> Sequence[Tensor] | None:
+    """BatchNorms' 1 / deviation, that times their weight, and their means, (streams, width) float32 each.
+
+    batch: the batch's statistics (streams, 2, width), empty where the running ones count.
+    """
     if norms[0] is None:
-        ones = like.new_ones(len(norms), len(like), dtype=torch.float32)
-        return ones, ones, torch.zeros_like(ones)
-    rstd = torch.stack([(norm.variance.float() + eps).rsqrt() for norm in norms])
-    mean = torch.stack([norm.mean.float() for norm in norms])
-    if norms[0].weight is None:
-        return rstd, rstd, mean
-    return rstd, rstd * torch.stack([norm.weight.float() for norm in norms]), mean
+        return None
+    running = (_stacked(getattr(norm, name) for norm in norms) for name in ("mean", "variance"))
+    mean, variance = batch.unbind(1) if batch.shape[-1] else running
+    rstd = (variance + eps).rsqrt()
+    scale = rstd if norms[0].weight is None else rstd * _stacked(norm.weight for norm in norms)
+    return rstd, scale, mean
 
 
 def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean, covariance, eps, batch_statistics):
-    """dxs (streams, n, N, C), dbranches, dsummaries, and each stream's gradients by name; None where there is none."""
+    """dxs (streams, n, N, C), dbranches, dsummaries, None where there is none; by name the others', of all streams."""
     streams, (n, N, C) = len(xs), xs[0].shape
     R, D, groups = n * N, h.shape[-1], C // given[0].down.shape[1]
     weights = _with(_with(_narrowed(given, h.dtype), "bn1", bn1), "bn2", bn2)
@@ -456,61 +464,63 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
     sums, dup = rows(streams, programs, 3, C), rows(streams, programs, C, D // groups)
     _launch.run([sums_launch(sums, dup, dz, after, h, dout, means, tokens, shared)], h.device)
     sums, dup, up = sums.sum(1), dup.sum(1).unflatten(1, (groups, -1)), _stacked_up(weights, groups)
-    rstd, scale, bn2_mean = _factors([w.bn2 for w in weights], eps[2], weights[0].up[:, 0])
+    ones = sums.new_ones(1, 1)
+    rstd, scale, bn2_mean = _factors([w.bn2 for w in weights], bn2, eps[2]) or (ones, ones, 0.0)
     # The sum of dz1 (z0 - mean): where a was centred, so is z0. Not a matrix product, which might be taken in TF32.
     slope = (up * dup).sum(-1).flatten(1)
     slope = rstd * (slope - bn2_mean * sums[:, 2] if means is None else slope)
-    scales, slopes, shifts = (t.unflatten(1, (groups, -1)).unsqueeze(-1) for t in (scale, rstd * slope, sums[:, 2]))
+    of_channels = scale, rstd * slope, scale * sums[:, 2] / R
+    scales, slopes, shifts = (t.expand_as(slope).unflatten(1, (groups, -1)).unsqueeze(-1) for t in of_channels)
     mixing = None
     if means is not None:
-        mixing = (up.mT @ (up * scales * slopes / R)).contiguous()
+        mixing = (up.mT @ (up * (scales * slopes / R))).contiguous()
         dup -= slopes * (up @ covariance)
-    shifts = (up * scales * shifts / R).sum(2).flatten(1)
-    dup = (dup * scales).flatten(1, 2)
+    shifts = (up * shifts).sum(2).flatten(1)
+    found = {"up": (dup * scales).flatten(1, 2)}
     narrow = rows(streams, triton.cdiv(R, narrow_tokens(D // groups)), 2, D)
     _launch.run([mid_launch(da.flatten(1, 2), narrow, flat, means, shifts, mixing, shared)], h.device)
 
-    table, narrow = None, narrow.sum(1)
+    table, (dweight, dbias) = None, (part.sum(1) for part in narrow.unbind(2))
     if weights[0].bn1 is not None:
-        first, factor, first_mean = _factors([w.bn1 for w in weights], eps[1], weights[0].down[:, 0])
-        averages = narrow.flip(1) / R if batch_statistics else torch.zeros_like(narrow)
-        table = torch.cat((factor[:, None], averages, first_mean[:, None], first[:, None]), 1)
+        first, factor, first_mean = _factors([w.bn1 for w in weights], bn1, eps[1])
+        averages = (dbias / R, dweight / R) if batch_statistics else [torch.zeros_like(factor)] * 2
+        table = torch.stack((factor, *averages, first_mean, first), 1)
     # dz has served: its memory takes X', whitened.
-    dx, xhat, dh, ds, dgate = torch.empty_like(dz), dz, torch.empty_like(h), None, None
+    dx, xhat, dh, ds, dgate_av = torch.empty_like(dz), dz, torch.empty_like(h), None, None
     if summaries is not None:
         grid = streams, n, shared.blocks
-        ds, dgate = rows(*grid, summaries.shape[2], C), rows(*grid, 1)
+        ds, dgate_av = rows(*grid, summaries.shape[2], C), rows(*grid, 1)
     gates_av = [w.gate_av for w in weights]
-    tensors_ = dx, xhat, dh, ds, dgate, da, h, table, dout, xs, summaries, gates_av
+    tensors_ = dx, xhat, dh, ds, dgate_av, da, h, table, dout, xs, summaries, gates_av
     _launch.run([down_launch(*tensors_, shared)], h.device)
-    dh_sums, found = dh.sum((1, 2), dtype=torch.float32), []
-    for i, w in enumerate(weights):
-        after = w.ln_after or Norm()
-        dgate_i = sums[i, 0] if after.weight is None else sums[i, 0] * after.weight.float()
-        dgate_i = dgate_i if after.bias is None else dgate_i + sums[i, 1] * after.bias.float()
-        gate = 1.0 if w.gate is None else w.gate.float()
-        found.append(
-            {"up": dup[i], "bn1.weight": narrow[i, 0], "bn1.bias": narrow[i, 1], "gate": dgate_i.sum()[None]}
-            | {"bn2.weight": slope[i], "bn2.bias": sums[i, 2]}
-            | {"ln_after.weight": gate * sums[i, 0], "ln_after.bias": gate * sums[i, 1]}
-            | _through_ln_before(w, _weight_gradient(dh[i], xhat[i], groups), dh_sums[i])
-            | ({} if dgate is None else {"gate_av": dgate[i].sum((0, 1))})
-        )
+    norms, gate = [w.ln_after or Norm() for w in weights], 1.0
+    if any(g is not None for g in gates):
+        gate = _stacked(ones[0] if g is None else g for g in gates)
+    dgate = sums[:, 0] if norms[0].weight is None else sums[:, 0] * _stacked(norm.weight for norm in norms)
+    dgate = dgate if norms[0].bias is None else dgate + sums[:, 1] * _stacked(norm.bias for norm in norms)
+    found |= {"gate": dgate.sum(1, keepdim=True), "bn1.weight": dweight, "bn1.bias": dbias}
+    found |= {"bn2.weight": slope, "bn2.bias": sums[:, 2].clone()}
+    found |= {"ln_after.weight": gate * sums[:, 0], "ln_after.bias": gate * sums[:, 1]}
+    found |= _through_ln_before(weights, _weight_gradients(dh, xhat, groups), dh.sum((1, 2), dtype=torch.float32))
+    found |= {} if dgate_av is None else {"gate_av": dgate_av.sum((1, 2))}
     return dx, db, None if ds is None else ds.sum(2).to(h.dtype), found
 
 
-def _through_ln_before(w: Weights, product: Tensor, total: Tensor) -> dict[str, Tensor]:
-    """The gradients of down and LN_before, u = x̂ weight + bias, from dhᵀ x̂ (G, D / G, C / G) and the sum of dh (D,)."""
-    total = total.view(len(product), -1, 1)
-    down = w.down.float().view_as(product)
+def _through_ln_before(weights: Sequence[Weights], product: Tensor, total: Tensor) -> dict[str, Tensor]:
+    """The gradients of down and LN_before, u = x̂ weight + bias, of all streams, from dhᵀ x̂ and the sum of dh.
+
+    product (streams, G, D / G, C / G), total (streams, D).
+    """
+    total = total.view(*product.shape[:3], 1)
+    down = _stacked(w.down for w in weights).view_as(product)
     # Not matrix products, which might be taken in TF32.
-    found = {"ln_before.weight": (down * product).sum(1).flatten(), "ln_before.bias": (down * total).sum(1).flatten()}
-    norm = w.ln_before or Norm()
-    if norm.weight is not None:
-        product = product * norm.weight.float().view(len(product), 1, -1)
-    if norm.bias is not None:
-        product = product + total * norm.bias.float().view(len(product), 1, -1)
-    return found | {"down": product.flatten(0, 1)}
+    found = {"ln_before.weight": (down * product).sum(2).flatten(1), "ln_before.bias": (down * total).sum(2).flatten(1)}
+    norms, (groups, _, channels) = [w.ln_before or Norm() for w in weights], product.shape[1:]
+    if norms[0].weight is not None:
+        product = product * _stacked(norm.weight for norm in norms).view(-1, groups, 1, channels)
+    if norms[0].bias is not None:
+        product = product + total * _stacked(norm.bias for norm in norms).view(-1, groups, 1, channels)
+    return found | {"down": product.flatten(1, 2)}
 
 
 def reasons(
@@ -530,7 +540,7 @@ def reasons(
     if not xs:
         return found
     frozen = {f"post_norm.{name}": t for name, t in (post_norm or Norm())._asdict().items()}
-    frozen |= {f"weights[{i}].{name}": t for i, w in enumerate(weights) for name, t in tensors(w) if not _trained(name)}
+    frozen |= {f"weights[{i}].{name}": t for i, w in enumerate(weights) for name, t in tensors(w) if _is_running(name)}
     found += _checks.trainable({name: t for name, t in frozen.items() if t is not None})
     norms = [norm for w in weights for norm in (w.bn1, w.bn2) if norm is not None]
     if batch_statistics and norms and xs[0].shape[:-1].numel() < 2:
@@ -553,8 +563,13 @@ def _like(w: Weights, dtype: torch.dtype) -> Weights:
     return w._replace(**found)
 
 
-def _trained(name: str) -> bool:
-    return not name.endswith((".mean", ".variance"))
+def _is_running(name: str) -> bool:
+    return name.endswith((".mean", ".variance"))
+
+
+def _trained(weights: Sequence[Weights]) -> dict[str, Tensor]:
+    """What has a gradient, by name, of the last stream that has it."""
+    return {name: t for w in weights for name, t in tensors(w) if t is not None and not _is_running(name)}
 
 
 def adapter_training(
@@ -582,7 +597,7 @@ def adapter_training(
     if found := reasons(xs, branches, summaries, weights, post_norm, batch_statistics):
         raise ValueError("adapter_training: " + "; ".join(found))
     flat = [
-        None if batch_statistics and not _trained(name) else t for w in weights for name, t in tensors(w)
+        None if batch_statistics and _is_running(name) else t for w in weights for name, t in tensors(w)
     ]  # the caller writes to the running statistics before the backward
     present = [getattr(w, name) is not None for w in weights for name in NORMS] + [post_norm is not None]
     frozen = post_norm or Norm()
@@ -659,7 +674,7 @@ def _adapter_training_backward(
     eps: list[float],
     batch_statistics: bool,
 ) -> list[Tensor]:
-    """The gradients of xs, of branches if there is a post-norm, of summaries if any, and of the trained parameters."""
+    """The gradients of xs, of branches if there is a post-norm, of summaries if any, and those of `_trained`."""
     if dout.stride(-1) * (dout.shape[-1] - 1) >= 2**31:  # the kernels count along channels in 32 bits
         dout = dout.contiguous()
     weights, norm = _unflattened(parameters, post_norm, given, present)
@@ -667,21 +682,15 @@ def _adapter_training_backward(
         statistics = bn1, bn2, mean, covariance
         tensors_ = dout, xs, branches, summaries, weights, norm, h, *statistics
         dx, db, ds, found = _backward(*tensors_, eps, batch_statistics)
-    gradients = [
-        of_stream[name].to(t.dtype, copy=True)
-        for w, of_stream in zip(weights, found)
-        for name, t in tensors(w)
-        if t is not None and _trained(name)
-    ]
-    return [t for t in (dx, db, ds) if t is not None] + gradients
+    return [t for t in (dx, db, ds) if t is not None] + [found[name] for name in _trained(weights)]
 
 
 @_adapter_training_backward.register_fake
 def _(dout, xs, branches, summaries, parameters, post_norm, h, bn1, bn2, mean, covariance, given, present, *_):
     weights, norm = _unflattened(parameters, post_norm, given, present)
-    streams = [xs[0].new_empty(dout.shape) for _ in range(1 if norm is None else 2)]
-    rest = [t for w in weights for name, t in tensors(w) if t is not None and _trained(name)]
-    return streams + [t.new_empty(t.shape) for t in ([] if summaries is None else [summaries]) + rest]
+    found = [xs[0].new_empty(dout.shape) for _ in range(1 if norm is None else 2)]
+    found += [] if summaries is None else [summaries.new_empty(summaries.shape)]
+    return found + [t.new_empty(len(xs), *t.shape, dtype=torch.float32) for t in _trained(weights).values()]
 
 
 def _setup_context(ctx, inputs, output):
@@ -705,8 +714,9 @@ def _backward_of_context(ctx, dout, *_):
     dbranches = next(found).unbind() if branches else dout.unbind()
     dsummaries = None if summaries is None else next(found)
     weights, _ = _unflattened(parameters, post_norm, given, present)
-    names = [name for w in weights for name, t in tensors(w) if t is not None]
-    dparameters = [next(found) if _trained(name) else None for name in names]
+    of_streams = dict(zip(_trained(weights), found))
+    every = [(i, name, t) for i, w in enumerate(weights) for name, t in tensors(w) if t is not None]
+    dparameters = [of_streams[name][i].to(t.dtype) if name in of_streams else None for i, name, t in every]
     return list(dxs), list(dbranches), dsummaries, dparameters, [None] * len(post_norm), *[None] * len(ctx.options)
 
 

@@ -32,12 +32,14 @@ import triton.language as tl
 from lavish_fast.kernels import _launch
 from lavish_fast.kernels._tiles import (
     DEEP,
+    FEW,
     WIDE,
     Norm,
     activated,
     batch_norm,
     block,
     bottleneck,
+    by_latent,
     columns,
     down_tile,
     gate_of,
@@ -46,10 +48,12 @@ from lavish_fast.kernels._tiles import (
     in_turn,
     load_tiles,
     moments,
+    of_latents,
     place,
     row,
     seen,
     softmax_of_latents,
+    times_latents,
     token_rows,
     up_product,
     up_tile,
@@ -419,6 +423,21 @@ def _du(
     return du
 
 
+@triton.jit
+def _softmax_bwd(p, dp, gate, M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """rowsum(P ∘ dP), and gate times the logits' gradient; p, dp: as `times_latents` gives them."""
+    if M <= FEW:
+        total, dlogits = tl.zeros((BLOCK_N,), tl.float32), ()
+        for m in tl.static_range(M):
+            total += p[m] * dp[m]
+        for m in tl.static_range(M):
+            dlogits += (gate * p[m] * (dp[m] - total),)
+        return total, dlogits
+    else:
+        total = tl.sum(p * dp, 1)
+        return total, gate * p * (dp - total[:, None])
+
+
 # With r = X' and dr its gradient: r = X + g P S, P = softmax(L), L = X Sᵀ, so that
 # dP = g dr Sᵀ; dL = P ∘ (dP - rowsum(P ∘ dP)); dX = dout + dr + dL S; dS = g Pᵀ dr + dLᵀ X; dg = sum(P ∘ (dr Sᵀ)).
 @triton.jit(do_not_specialize=["images"])
@@ -475,14 +494,11 @@ def _adapter_bwd_down(
 
     # 1. X', whitened where it has a norm.
     x_tiles = load_tiles(x_rows, 1, mask_n, GROUPS * TRIPS, C_G, CHUNK)
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_m = (offs_m < M)[:, None]
-    s_rows, weights_m, p = None, None, None
+    s, p = None, None
     if summaries_ptr is not None:
-        s_rows = summaries_ptr + stream * stride_s_stream + image * stride_s_n + offs_m[:, None] * stride_s_m
-        weights_m = softmax_of_latents(x_tiles, s_rows, mask_m, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
-        p = weights_m.to(dtype)
-    x = seen(x_tiles, s_rows, mask_m, p, gate_av, C_G, CHUNK, HELD)
+        s = summaries_ptr + stream * stride_s_stream + image * stride_s_n, stride_s_m
+        p = softmax_of_latents(x_tiles, s, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
+    x = seen(x_tiles, s, p, gate_av, M, C_G, BLOCK_M, CHUNK, HELD)
     mean, rstd = moments(x, None, mask_n, EPS.ln_before, C, C_G, BLOCK_N, CHUNK)
     xhat = ()
     for t in tl.static_range(GROUPS * TRIPS):
@@ -540,17 +556,13 @@ def _adapter_bwd_down(
         dout = load_tiles(dout_rows, dout_strides[3], mask_n, GROUPS * TRIPS, C_G, CHUNK)
 
     # 4. Through the softmax.
-    dlogits = p
-    if summaries_ptr is not None:
-        dp = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for t in tl.static_range(GROUPS * TRIPS):
-            offs, mask_c = columns(t, C_G, CHUNK)
-            s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
-            d = held(dr, t, dx_rows, mask_n, C_G, CHUNK).to(dtype)
-            dp = tl.dot(d, s.T, dp, input_precision="tf32x3")
-        total = tl.sum(weights_m * dp, 1)
+    dlogits, p_matrix, dlogits_matrix = None, None, None
+    if s is not None:
+        dp = times_latents(dr, dx_rows, mask_n, s, M, C, C_G, BLOCK_N, BLOCK_M, CHUNK)
+        total, dlogits = _softmax_bwd(p, dp, gate_av, M, BLOCK_N)
         tl.store(dgate_ptr + program, tl.sum(total))
-        dlogits = (gate_av * weights_m * (dp - total[:, None])).to(dtype)
+        p_matrix = by_latent(p, M, BLOCK_N, BLOCK_M).to(dtype)
+        dlogits_matrix = by_latent(dlogits, M, BLOCK_N, BLOCK_M).to(dtype)
 
     # 5. The sums.
     for t in tl.static_range(GROUPS * TRIPS):
@@ -559,16 +571,16 @@ def _adapter_bwd_down(
         mask = mask_n & mask_c[None, :]
         d = held(dr, t, dx_rows, mask_n, C_G, CHUNK)
         dx = _of_dout(dout, t, dout_rows, dout_strides[3], mask_n, C_G, CHUNK) + d
-        if summaries_ptr is not None:
+        if s is not None:
             x_tile = x_tiles[t]
             if C > WIDE or D_G > DEEP:  # where registers are short, it is read once more
                 x_tile = tl.load(x_rows + offs[None, :], mask=mask, other=0.0)
-            s = tl.load(s_rows + offs[None, :], mask=mask_m & mask_c[None, :], other=0.0)
-            dx += tl.dot(dlogits, s, input_precision="tf32x3")
-            ds = gate_av * tl.dot(p.T, d.to(dtype), input_precision="tf32x3")
-            ds = tl.dot(dlogits.T, x_tile, ds, input_precision="tf32x3")
-            ds_rows = ds_ptr + (program * M + offs_m)[:, None] * C
-            tl.store(ds_rows + offs[None, :], ds, mask=mask_m & mask_c[None, :])
+            dx += of_latents(dlogits, s, offs, mask_c, M, BLOCK_M)
+            ds = gate_av * tl.dot(p_matrix.T, d.to(dtype), input_precision="tf32x3")
+            ds = tl.dot(dlogits_matrix.T, x_tile, ds, input_precision="tf32x3")
+            offs_m = tl.arange(0, BLOCK_M)[:, None]
+            ds_rows = ds_ptr + (program * M + offs_m) * C
+            tl.store(ds_rows + offs[None, :], ds, mask=(offs_m < M) & mask_c[None, :])
         tl.store(dx_rows + offs[None, :], dx.to(dtype), mask=mask)
 
 

@@ -261,14 +261,17 @@ def _launches(xs: Sequence[Tensor]) -> list[slice]:
 
 @torch.no_grad()
 def _track(adapters, statistics, tokens: int) -> None:
-    """Updates running statistics as BatchNorm1d does."""
-    for i, adapter in enumerate(adapters):
-        for norm, of_streams in zip((adapter.bn1, adapter.bn2), statistics):
-            mean, variance = of_streams[i]
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            unbiased = variance * (tokens / (tokens - 1))
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
-            norm.num_batches_tracked += 1
+    """Updates running statistics as BatchNorm1d does, those of all norms in one launch."""
+    norms = [[getattr(adapter, name) for adapter in adapters] for name in ("bn1", "bn2")]
+    running, found = [], []
+    for of_streams, (mean, variance) in zip(norms, (of_norm.unbind(1) for of_norm in statistics)):
+        unbiased = variance * (tokens / (tokens - 1))
+        running += [t for norm in of_streams for t in (norm.running_mean, norm.running_var)]
+        found += [t for of_stream in zip(mean, unbiased) for t in of_stream]
+    every = [norm for of_streams in norms for norm in of_streams]
+    found = [new.to(old.dtype) for new, old in zip(found, running)]
+    torch._foreach_lerp_(running, found, [norm.momentum for norm in every for _ in range(2)])
+    torch._foreach_add_([norm.num_batches_tracked for norm in every], 1)
 
 
 def _weights(adapters, norm) -> tuple:

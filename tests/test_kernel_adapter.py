@@ -528,8 +528,8 @@ def test_cuda_graph():
 
 
 def test_build():
-    # Of 1536 channels a thread of 8 warps holds 96 numbers; a few registers are spilled on sm_80 and sm_86. At 768 on
-    # sm_90 they are kept to 128, so that an SM has two programs: 1.2 times as fast as without spills (_tuning.ROWS).
+    # Of 1536 channels a thread of 8 warps holds 96 numbers; with 16 latents some are spilled. At 768 channels on sm_90
+    # they are kept to 128, so that an SM has two programs: 1.2 times as fast as without spills (_tuning.ROWS).
     others = "", " reduction 4 latents 16", " norms folded", " norms none groups 1", " latents 64"
-    spills = {"bfloat16 1536": 16, "bfloat16 1536 reduction 4 latents 16": 16}
-    assert_built("adapter", spills=spills | {f"bfloat16 768{other}": 32 for other in others})
+    spills = {"bfloat16 1536 reduction 4 latents 16": 16}
+    assert_built("adapter", spills=spills | {f"bfloat16 768{other}": 40 for other in others})

@@ -18,7 +18,7 @@ from lavish_fast.kernels.adapter_training import (
     _raised,
     _shared,
     _stacked_up,
-    _weight_gradient,
+    _weight_gradients,
     adapter_training,
     reasons,
 )
@@ -221,10 +221,10 @@ def test_every_stage_in_full(width, tokens, options, dtype, batch):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_weights_in_parts(n, tokens, widths, groups, dtype):
-    d, x = (draw(n, tokens, groups * width, seed=width, dtype=dtype) for width in widths)
-    got = _weight_gradient(d, x, groups)
-    by_group = (t.double().flatten(0, 1).unflatten(1, (groups, -1)) for t in (d, x))
-    expected = torch.einsum("rgp,rgq->gpq", *by_group)
+    d, x = (draw(2, n, tokens, groups * width, seed=width, dtype=dtype) for width in widths)
+    got = _weight_gradients(d, x, groups)
+    by_group = (t.double().flatten(1, 2).unflatten(2, (groups, -1)) for t in (d, x))
+    expected = torch.einsum("srgp,srgq->sgpq", *by_group)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5 * (n * tokens) ** 0.5)
 
