@@ -54,7 +54,6 @@ from lavish_fast.kernels.adapter_training_bwd import (
     down_launch,
     load_bottleneck,
     mid_launch,
-    narrow_tokens,
     shared_out,
     sums_launch,
     up_launch,
@@ -279,13 +278,15 @@ def _gram_launch(firsts: Tensor, sums: Tensor, grams: Tensor, h: Tensor, shared:
     """h (streams, R, D); the rest as the kernel has them."""
     programs, R = sums.shape[1], h.shape[1]
     constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS", "BLOCK_D")}
-    constants["BLOCK_D"] = chunk(constants["D"] // constants["GROUPS"], min(constants["BLOCK_D"], 64))
-    parts = triton.cdiv(constants["D"] // constants["GROUPS"], constants["BLOCK_D"])
+    width = constants["D"] // constants["GROUPS"]
+    constants["BLOCK_D"] = chunk(width, min(constants["BLOCK_D"], 64))
+    constants |= {"BLOCK_R": TOKENS if width <= 32 else TOKENS // 2, "num_warps": 4}
+    parts = triton.cdiv(width, constants["BLOCK_D"])
     grid = programs, constants["GROUPS"] * parts * parts, len(h)
     # The interpreter takes no bound that it does not know.
     tokens = tl.constexpr(shared_out(R)) if h.is_cpu else shared_out(R)
     args = firsts, sums, grams, h, shared.weights, R, tokens
-    return _launch.Launch(_adapter_gram, grid, args, constants | {"BLOCK_R": TOKENS, "num_warps": 8})
+    return _launch.Launch(_adapter_gram, grid, args, constants)
 
 
 def _up_launch(
@@ -477,7 +478,7 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
         dup -= slopes * (up @ covariance)
     shifts = (up * shifts).sum(2).flatten(1)
     found = {"up": (dup * scales).flatten(1, 2)}
-    narrow = rows(streams, triton.cdiv(R, narrow_tokens(D // groups)), 2, D)
+    narrow = rows(streams, triton.cdiv(R, shared_out(R)), 2, D)
     _launch.run([mid_launch(da.flatten(1, 2), narrow, flat, means, shifts, mixing, shared)], h.device)
 
     table, (dweight, dbias) = None, (part.sum(1) for part in narrow.unbind(2))

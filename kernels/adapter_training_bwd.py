@@ -1,7 +1,8 @@
 """The backward of kernels/adapter_training.py, whose docstring has the equation: every gradient of one residual step.
 
 Five kernels. In the first two and the last a program owns BLOCK_N tokens of one image of one stream and holds their
-rows whole (see _tiles.py), in the third CHUNK channels of some thousand tokens, in the fourth some tokens' bottleneck.
+rows whole (see _tiles.py), in the third CHUNK channels of some thousand tokens, in the fourth a group's bottleneck of
+some hundred.
 
 _adapter_bwd_branch: from the branch B and dout to dB, through the post-norm.
 _adapter_bwd_up: from h and dout to dz1, the gradient of BN2's output, to dz1 V, V being up with BN2's factors in its
@@ -40,6 +41,7 @@ from lavish_fast.kernels._tiles import (
     block,
     bottleneck,
     by_latent,
+    chunk,
     columns,
     down_tile,
     gate_of,
@@ -62,8 +64,8 @@ from lavish_fast.kernels._tiles import (
 from lavish_fast.kernels._weights import Weights
 from torch import Tensor
 
-TOKENS = 64  # of a program of _adapter_bwd_mid, at least of one of those that share a stream's tokens
-SHARERS = 64  # programs at most that share a stream's tokens
+TOKENS = 64  # at least, of a program of those that share a stream's
+SHARERS = 256  # programs at most that share a stream's tokens
 
 
 @triton.jit
@@ -345,16 +347,17 @@ def _adapter_bwd_sums(
 # BN2 gives dz0 = c (dz1 - s_b - ẑ s_g), c = weight / σ, s_b and s_g the means of dz1 and dz1 ẑ, ẑ = up (a - m) / σ.
 # With V = up scaled by c, row by row: da = dz0 up = dz1 V - s_b V - (a - m) upᵀ diag(s_g / σ) V, where the last three
 # factors are a matrix of D / G x D / G.
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "tokens"])
 def _adapter_bwd_mid(
     da_ptr,  # (streams, R, D) float32: dz1 V, and then the gradient of BN1's output
-    rows_ptr,  # (streams, programs, 2, D) float32: sums over tokens of da (h - mean) / deviation and da
+    rows_ptr,  # (streams, programs, 2, D) float32: sums over a program's tokens of da (h - mean) / deviation and da
     h_ptr,  # (streams, R, D)
     weights,
     means_ptr,  # (streams, D) float32: m, or None
     shifts_ptr,  # (streams, D): s_b V
     mixing_ptr,  # (streams, G, D / G, D / G): upᵀ diag(s_g / σ) V
     R,
+    tokens,  # of a program
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     STREAMS: tl.constexpr,
@@ -365,40 +368,54 @@ def _adapter_bwd_mid(
     D_G: tl.constexpr = D // GROUPS
     PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
     dtype: tl.constexpr = h_ptr.dtype.element_ty
-    stream, g = tl.program_id(1), tl.program_id(2)
+    stream = tl.program_id(1).to(tl.int64)
     w = weights[0]
     if stream == 1:
         w = weights[STREAMS - 1]
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_n = (offs_r < R)[:, None]
-    token = (stream.to(tl.int64) * R + offs_r)[:, None]
-    sums = rows_ptr + (stream.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2 * D
-    for j in range(PARTS):
-        offs_d = j * BLOCK_D + tl.arange(0, BLOCK_D)
-        offs, mask_d = g * D_G + offs_d, offs_d < D_G
-        mask = mask_n & mask_d[None, :]
+    g = tl.program_id(2) // PARTS
+    offs_d = tl.program_id(2) % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs, mask_d = g * D_G + offs_d, offs_d < D_G
+    h_ptr += stream * R * D
+    da_ptr += stream * R * D
+    shifts, mixing = shifts_ptr, ()
+    if means_ptr is not None:
+        shifts = row(shifts_ptr + stream * D, offs, mask_d)
+        for i in tl.static_range(PARTS):
+            offs_i = i * BLOCK_D + tl.arange(0, BLOCK_D)
+            matrix = mixing_ptr + ((stream * GROUPS + g) * D_G + offs_i)[:, None] * D_G + offs_d[None, :]
+            mixing += (tl.load(matrix, mask=(offs_i < D_G)[:, None] & mask_d[None, :], other=0.0),)
+    dahhat_sum, da_sum = zeros(2, BLOCK_R, BLOCK_D)
+    start = tl.program_id(0) * tokens
+    for offset in range(0, tokens, BLOCK_R):
+        offs_r = start + offset + tl.arange(0, BLOCK_R)
+        mask_n = (offs_r < tl.minimum(start + tokens, R))[:, None]
+        token, mask = offs_r.to(tl.int64)[:, None], mask_n & mask_d[None, :]
         da = tl.load(da_ptr + token * D + offs[None, :], mask=mask, other=0.0)
+        h = tl.load(h_ptr + token * D + offs[None, :], mask=mask, other=0.0)
         if means_ptr is not None:
             mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-            for i in range(PARTS):
+            for i in tl.static_range(PARTS):
                 offs_i = i * BLOCK_D + tl.arange(0, BLOCK_D)
                 channels, mask_i = g * D_G + offs_i, offs_i < D_G
-                h = tl.load(h_ptr + token * D + channels[None, :], mask=mask_n & mask_i[None, :], other=0.0)
-                a = activated(h, w.bn1, EPS.bn1, channels, mask_i, dtype).to(tl.float32)
+                h_i = h
+                if PARTS > 1:
+                    h_i = tl.load(h_ptr + token * D + channels[None, :], mask=mask_n & mask_i[None, :], other=0.0)
+                a = activated(_alone(h_i), w.bn1, EPS.bn1, channels, mask_i, dtype).to(tl.float32)
                 centred = tl.where(mask_i[None, :], a - row(means_ptr + stream * D, channels, mask_i), 0.0)
-                matrix = mixing_ptr + ((stream * GROUPS + g) * D_G + offs_i)[:, None] * D_G + offs_d[None, :]
-                mixing = tl.load(matrix, mask=mask_i[:, None] & mask_d[None, :], other=0.0)
-                mixed = tl.dot(centred, mixing, mixed, input_precision="tf32x3")
-            da -= row(shifts_ptr + stream * D, offs, mask_d) + mixed
-        h = tl.load(h_ptr + token * D + offs[None, :], mask=mask, other=0.0)
+                mixed = tl.dot(centred, mixing[i], mixed, input_precision="tf32x3")
+            da -= shifts + mixed
         a = activated(h, w.bn1, EPS.bn1, offs, mask_d, dtype)
         da = tl.where(mask & (a > 0), da, 0.0)
         tl.store(da_ptr + token * D + offs[None, :], da, mask=mask)
         if EPS.bn1 is not None:
-            rstd = tl.rsqrt(row(w.bn1.variance, offs, mask_d, other=1.0) + EPS.bn1)
-            hhat = (h.to(tl.float32) - row(w.bn1.mean, offs, mask_d)) * rstd
-            tl.store(sums + offs, tl.sum(da * hhat, 0), mask=mask_d)
-            tl.store(sums + D + offs, tl.sum(da, 0), mask=mask_d)
+            dahhat_sum += da * (h.to(tl.float32) - row(w.bn1.mean, offs, mask_d))
+            da_sum += da
+    sums = rows_ptr + (stream * tl.num_programs(0) + tl.program_id(0)) * 2 * D + offs[None, :]
+    dahhat = tl.sum(dahhat_sum, 0)[None, :]
+    if EPS.bn1 is not None:
+        dahhat *= tl.rsqrt(row(w.bn1.variance, offs, mask_d, other=1.0) + EPS.bn1)
+    tl.store(sums, dahhat, mask=mask_d[None, :])
+    tl.store(sums + D, tl.sum(da_sum, 0)[None, :], mask=mask_d[None, :])
 
 
 @triton.jit
@@ -662,11 +679,6 @@ def sums_launch(
     return _launch.Launch(_adapter_bwd_sums, grid, args, constants)
 
 
-def narrow_tokens(D_G: int) -> int:
-    """Of a program of `_adapter_bwd_mid`, fewer where a group's bottleneck is wide."""
-    return TOKENS if D_G <= 32 else TOKENS // 2
-
-
 def mid_launch(
     da: Tensor,
     rows: Tensor,
@@ -676,14 +688,18 @@ def mid_launch(
     mixing: Tensor | None,
     shared: Shared,
 ) -> _launch.Launch:
-    """da, h (streams, R, D); rows (streams, programs, 2, D), a program for `narrow_tokens` tokens."""
+    """da, h (streams, R, D); rows (streams, programs, 2, D), as many programs as `shared_out` gives."""
     R = h.shape[1]
-    args = da, rows, h, shared.weights, means, shifts, mixing, R
-    constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS", "BLOCK_D")}
-    tokens = narrow_tokens(constants["D"] // constants["GROUPS"])
-    constants["BLOCK_D"] = min(constants["BLOCK_D"], tokens)
-    constants |= {"BLOCK_R": tokens, "num_warps": 4 if constants["BLOCK_D"] < TOKENS // 2 else 8}
-    return _launch.Launch(_adapter_bwd_mid, (triton.cdiv(R, tokens), len(h), constants["GROUPS"]), args, constants)
+    constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS")}
+    width = constants["D"] // constants["GROUPS"]
+    # Few warps with many registers: most of a turn is waiting at barriers, which programs beside this one fill.
+    constants |= {"BLOCK_R": TOKENS if width <= 32 else TOKENS // 2, "num_warps": 4, "num_stages": 3}
+    constants["BLOCK_D"] = chunk(width, 64 if width <= 64 else 32)
+    grid = rows.shape[1], len(h), constants["GROUPS"] * triton.cdiv(width, constants["BLOCK_D"])
+    # The interpreter takes no bound that it does not know.
+    tokens = tl.constexpr(shared_out(R)) if h.is_cpu else shared_out(R)
+    args = da, rows, h, shared.weights, means, shifts, mixing, R, tokens
+    return _launch.Launch(_adapter_bwd_mid, grid, args, constants)
 
 
 def down_launch(

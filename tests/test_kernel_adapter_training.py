@@ -244,8 +244,8 @@ def test_sums_over_tokens_in_parts(n, tokens, width, batch, monkeypatch):
 
 
 def test_how_many_share_the_tokens():
-    sizes = (0, 1), (64, 1), (65, 1), (4096, 1), (4097, 1), (9, 2048), (2000, 2048), (23040, 2048), (368640, 2048)
-    assert [shared_out(*size) for size in sizes] == [64, 64, 64, 64, 128, 64, 2048, 2048, 5760]
+    sizes = (0, 1), (64, 1), (65, 1), (16384, 1), (16385, 1), (9, 2048), (2000, 2048), (23040, 2048), (737280, 2048)
+    assert [shared_out(*size) for size in sizes] == [64, 64, 64, 64, 128, 64, 2048, 2048, 2880]
 
 
 @pytest.mark.parametrize("batch", [True, False])
@@ -627,6 +627,6 @@ def test_autocast_changes_nothing():
 def test_build():
     # Without BN2, or by its running statistics, nothing comes back from them.
     without = "float16 384 groups 1 norms none", "bfloat16 768 statistics running"
-    # Of the paper's second setting _adapter_bwd_down spills two registers on sm_80.
-    spills = {"bfloat16 768 reduction 4 latents 16": 8}
+    # Two registers: of _adapter_bwd_down with the paper's second setting; of _adapter_bwd_mid on sm_90, at any count.
+    spills = {"bfloat16 768 reduction 4 latents 16": 8, "bfloat16 768 statistics running": 8}
     assert_built("adapter_training", spills, *(("_adapter_bwd_mid", case) for case in without))
