@@ -427,13 +427,13 @@ def _forward(xs, branches, summaries, given, post_norm, eps, batch_statistics):
 _STATISTICS = (2, 0), (2, 0), (0,), (0, 0, 0)  # of each stream, where they are not the batch's
 
 
-def _factors(norms: Sequence[BatchNorm | None], batch: Tensor, eps: float) -> Sequence[Tensor] | None:
-    """BatchNorms' 1 / deviation, that times their weight, and their means, (streams, width) float32 each.
+def _factors(norms: Sequence[BatchNorm | None], batch: Tensor, eps: float, like: Tensor) -> Sequence[Tensor]:
+    """BatchNorms' 1 / deviation, that times their weight, and their means, of the shape and type of `like`.
 
-    batch: the batch's statistics (streams, 2, width), empty where the running ones count.
+    batch: the batch's statistics (streams, 2, width), empty where the running ones count. like: (streams, width).
     """
     if norms[0] is None:
-        return None
+        return (torch.ones_like(like),) * 2 + (torch.zeros_like(like),)
     running = (_stacked(getattr(norm, name) for norm in norms) for name in ("mean", "variance"))
     mean, variance = batch.unbind(1) if batch.shape[-1] else running
     rstd = (variance + eps).rsqrt()
@@ -465,13 +465,12 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
     sums, dup = rows(streams, programs, 3, C), rows(streams, programs, C, D // groups)
     _launch.run([sums_launch(sums, dup, dz, after, h, dout, means, tokens, shared)], h.device)
     sums, dup, up = sums.sum(1), dup.sum(1).unflatten(1, (groups, -1)), _stacked_up(weights, groups)
-    ones = sums.new_ones(1, 1)
-    rstd, scale, bn2_mean = _factors([w.bn2 for w in weights], bn2, eps[2]) or (ones, ones, 0.0)
+    rstd, scale, bn2_mean = _factors([w.bn2 for w in weights], bn2, eps[2], sums[:, 2])
     # The sum of dz1 (z0 - mean): where a was centred, so is z0. Not a matrix product, which might be taken in TF32.
     slope = (up * dup).sum(-1).flatten(1)
     slope = rstd * (slope - bn2_mean * sums[:, 2] if means is None else slope)
     of_channels = scale, rstd * slope, scale * sums[:, 2] / R
-    scales, slopes, shifts = (t.expand_as(slope).unflatten(1, (groups, -1)).unsqueeze(-1) for t in of_channels)
+    scales, slopes, shifts = (t.unflatten(1, (groups, -1)).unsqueeze(-1) for t in of_channels)
     mixing = None
     if means is not None:
         mixing = (up.mT @ (up * (scales * slopes / R))).contiguous()
@@ -483,7 +482,7 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
 
     table, (dweight, dbias) = None, (part.sum(1) for part in narrow.unbind(2))
     if weights[0].bn1 is not None:
-        first, factor, first_mean = _factors([w.bn1 for w in weights], bn1, eps[1])
+        first, factor, first_mean = _factors([w.bn1 for w in weights], bn1, eps[1], dbias)
         averages = (dbias / R, dweight / R) if batch_statistics else [torch.zeros_like(factor)] * 2
         table = torch.stack((factor, *averages, first_mean, first), 1)
     # dz has served: its memory takes X', whitened.
@@ -496,7 +495,7 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
     _launch.run([down_launch(*tensors_, shared)], h.device)
     norms, gate = [w.ln_after or Norm() for w in weights], 1.0
     if any(g is not None for g in gates):
-        gate = _stacked(ones[0] if g is None else g for g in gates)
+        gate = _stacked(sums.new_ones(1) if g is None else g for g in gates)
     dgate = sums[:, 0] if norms[0].weight is None else sums[:, 0] * _stacked(norm.weight for norm in norms)
     dgate = dgate if norms[0].bias is None else dgate + sums[:, 1] * _stacked(norm.bias for norm in norms)
     found |= {"gate": dgate.sum(1, keepdim=True), "bn1.weight": dweight, "bn1.bias": dbias}
