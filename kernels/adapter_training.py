@@ -50,6 +50,7 @@ from lavish_fast.kernels._weights import NORMS, Eps, Weights, tensors, unflatten
 from lavish_fast.kernels.adapter_training_bwd import (
     TOKENS,
     Shared,
+    bound,
     branch_launch,
     down_launch,
     load_bottleneck,
@@ -283,9 +284,7 @@ def _gram_launch(firsts: Tensor, sums: Tensor, grams: Tensor, h: Tensor, shared:
     constants |= {"BLOCK_R": TOKENS if width <= 32 else TOKENS // 2, "num_warps": 4}
     parts = triton.cdiv(width, constants["BLOCK_D"])
     grid = programs, constants["GROUPS"] * parts * parts, len(h)
-    # The interpreter takes no bound that it does not know.
-    tokens = tl.constexpr(shared_out(R)) if h.is_cpu else shared_out(R)
-    args = firsts, sums, grams, h, shared.weights, R, tokens
+    args = firsts, sums, grams, h, shared.weights, R, bound(shared_out(R), h)
     return _launch.Launch(_adapter_gram, grid, args, constants)
 
 

@@ -377,7 +377,7 @@ def _adapter_bwd_mid(
     offs, mask_d = g * D_G + offs_d, offs_d < D_G
     h_ptr += stream * R * D
     da_ptr += stream * R * D
-    shifts, mixing = shifts_ptr, ()
+    mixing = ()
     if means_ptr is not None:
         shifts = row(shifts_ptr + stream * D, offs, mask_d)
         for i in tl.static_range(PARTS):
@@ -653,6 +653,11 @@ def shared_out(R: int, fewest: int = 1) -> int:
     return TOKENS * triton.cdiv(max(triton.cdiv(R, SHARERS), min(fewest, R), 1), TOKENS)
 
 
+def bound(tokens: int, like: Tensor) -> int | tl.constexpr:
+    """That of a kernel's loop. The interpreter, which runs on a CPU, takes none that it does not know."""
+    return tl.constexpr(tokens) if like.is_cpu else tokens
+
+
 def sums_launch(
     rows: Tensor,
     products: Tensor,
@@ -673,9 +678,7 @@ def sums_launch(
     constants |= {"BLOCK_R": TOKENS // 2, "CHUNK": 128 // dz.element_size(), "BLOCK_D": 16 if width <= 16 else 32}
     constants |= {"num_warps": 8, "num_stages": 3 if narrow else 2, "maxnreg": 128 if narrow else None}
     grid = rows.shape[1], constants["GROUPS"] * triton.cdiv(channels, constants["CHUNK"]), len(rows)
-    # The interpreter takes no bound that it does not know.
-    tokens = tl.constexpr(tokens) if h.is_cpu else tokens
-    args = rows, products, dz, after, h, dout, shared.weights, means, dout.stride(), shared.N, R, tokens
+    args = rows, products, dz, after, h, dout, shared.weights, means, dout.stride(), shared.N, R, bound(tokens, h)
     return _launch.Launch(_adapter_bwd_sums, grid, args, constants)
 
 
@@ -696,9 +699,7 @@ def mid_launch(
     constants |= {"BLOCK_R": TOKENS if width <= 32 else TOKENS // 2, "num_warps": 4, "num_stages": 3}
     constants["BLOCK_D"] = chunk(width, 64 if width <= 64 else 32)
     grid = rows.shape[1], len(h), constants["GROUPS"] * triton.cdiv(width, constants["BLOCK_D"])
-    # The interpreter takes no bound that it does not know.
-    tokens = tl.constexpr(shared_out(R)) if h.is_cpu else shared_out(R)
-    args = da, rows, h, shared.weights, means, shifts, mixing, R, tokens
+    args = da, rows, h, shared.weights, means, shifts, mixing, R, bound(shared_out(R), h)
     return _launch.Launch(_adapter_bwd_mid, grid, args, constants)
 
 

@@ -190,7 +190,7 @@ def of_stacked(latents: list[Tensor], others: list[Tensor], ds: Tensor) -> tuple
 @pytest.mark.parametrize("N", [36, 300])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (0, 2, 1, 3), (3, 0, 1, 2), (3, 2, 1, 0)])
 def test_any_layout_of_the_incoming_gradient(order, N):
-    latents, others, ds = inputs(2, N, WIDTH, n=2)
+    latents, others, ds = inputs(2, N, WIDTH, n=3)
     # Its dimensions in another order in memory, every second element of rows too wide.
     inverse = [order.index(i) for i in range(4)]
     laid = guarded(padded_rows(ds.permute(order).contiguous()).repeat_interleave(2, -1)[..., ::2]).permute(inverse)
@@ -202,7 +202,7 @@ def test_any_layout_of_the_incoming_gradient(order, N):
 @pytest.mark.parametrize("N", [36, 300])
 @pytest.mark.parametrize("kept", [(), (3,), (0,), (1, 2)])
 def test_an_expanded_incoming_gradient(kept, N):
-    latents, others, ds = inputs(2, N, WIDTH, n=2)
+    latents, others, ds = inputs(2, N, WIDTH, n=3)
     expanded = ds[tuple(slice(None) if i in kept else slice(0, 1) for i in range(4))].expand_as(ds)
     assert 0 in expanded.stride()
     whole = of_stacked(latents, others, expanded.clone(memory_format=torch.contiguous_format))
@@ -214,7 +214,7 @@ def test_an_expanded_incoming_gradient(kept, N):
 @pytest.mark.parametrize("N", [36, 300, (300, 36)])
 def test_only_what_is_asked_for(N, dtype, monkeypatch):
     """Every choice of tensors that require gradients; what the others' would take is not even allocated."""
-    latents, others, ds = inputs(2, N, WIDTH, n=1, dtype=dtype)
+    latents, others, ds = inputs(2, N, WIDTH, dtype=dtype)
     every, made = gradients(gather_latents, latents, others, ds), []
     launch = kernels.backward.launch
 

@@ -1,5 +1,6 @@
 """The choice of a path, and what importing the package may touch."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -131,6 +132,26 @@ def test_norms_without_running_statistics_are_refused_by_the_kernels():
         with ops.recording() as choices:
             ops.adapter(*given)
     assert {choice.path for choice in choices if choice.op == "adapter"} == {"reference"}
+
+
+def test_running_statistics_are_batch_norms():
+    """Each norm's own, by a momentum of its own."""
+    given, tokens = adapters()[2], 7
+    norms = [[getattr(a, name) for a in given] for name in ("bn1", "bn2")]
+    for i, norm in enumerate(norm for pair in norms for norm in pair):
+        torch.nn.init.normal_(norm.running_mean)
+        torch.nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        norm.momentum = 0.1 * (i + 1)
+    expected, statistics = copy.deepcopy(norms), []
+    for pair in expected:
+        xs = [torch.randn(tokens, norm.num_features, device=DEVICE) for norm in pair]
+        for norm, x in zip(pair, xs):
+            norm.train()(x)
+        statistics.append(torch.stack([torch.stack((x.mean(0), x.var(0, correction=0))) for x in xs]))
+    ops._track(given, statistics, tokens)
+    for got, wanted in zip((n for pair in norms for n in pair), (n for pair in expected for n in pair)):
+        for name, t in wanted.named_buffers():
+            torch.testing.assert_close(getattr(got, name), t)
 
 
 def test_constants_are_those_of_what_is_launched(monkeypatch):
