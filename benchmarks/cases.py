@@ -27,9 +27,9 @@ from benchmarks import roofline
 from benchmarks.baselines.mbt import MBTConfig
 from benchmarks.measure import PRECISIONS, Unavailable
 from lavish_fast import Model, attention, backbones, ops, reference, tasks
-from lavish_fast.adapter import LavishAdapter
+from lavish_fast.adapter import LavishAdapter, arithmetic
 from lavish_fast.backbones.swin_v2 import CONSTANTS, WindowAttention
-from lavish_fast.concatenated import Concatenated, arithmetic
+from lavish_fast.concatenated import Concatenated
 from lavish_fast.config import (
     VIT_SPECTROGRAM,
     AdapterConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -12,6 +13,17 @@ from torch import Tensor, nn
 from lavish_fast import ops, reference
 from lavish_fast.backbones import PLACES, Block
 from lavish_fast.config import AdapterConfig
+
+
+def arithmetic(trained: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast to the type of x, where trained parameters are wider and no caller has autocast on.
+
+    Around them alone: a frozen norm would come out of it in float32, and with it the whole stream.
+    """
+    if next(trained.parameters()).dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    # A CUDA graph must not read casts that autocast would keep for later.
+    return torch.autocast(x.device.type, x.dtype, cache_enabled=False)
 
 
 class LavishAdapter(nn.Module):
@@ -81,7 +93,11 @@ class BlockAdapters(nn.ModuleDict):
         for place in PLACES:
             branches = [block.branch(place, x) for x in xs]
             if adapters := self.at(place):
-                xs = ops.adapter(xs, branches, adapters, block.norm(place), block.drop_path, path=self.path)
+                with arithmetic(self, xs[0]):
+                    outs = ops.adapter(xs, branches, adapters, block.norm(place), block.drop_path, path=self.path)
+                # That leaves norms, and with them the sum, in float32. What a caller's autocast makes stays as it is.
+                given = torch.is_autocast_enabled(xs[0].device.type)
+                xs = outs if given else [out.to(x.dtype) for out, x in zip(outs, xs, strict=True)]
             else:
                 xs = [x + block.finish(place, branch) for x, branch in zip(xs, branches, strict=True)]
         return xs

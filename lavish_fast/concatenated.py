@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavish_fast import ops
-from lavish_fast.adapter import LavishAdapter
+from lavish_fast.adapter import LavishAdapter, arithmetic
 from lavish_fast.backbones import PLACES, Encoded
 from lavish_fast.backbones.swin_v2 import CONSTANTS, WindowAttention
 from lavish_fast.model import Model, Network
@@ -21,17 +19,6 @@ from lavish_fast.model import Model, Network
 def sharing(module: nn.Module) -> nn.Module:
     """A copy of a module, with a mode and paths of its own, that has the module's very parameters and buffers."""
     return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
-
-
-def arithmetic(trained: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast to the type of x, where trained parameters are wider; none around what is frozen, which has x's type.
-
-    A frozen norm would come out of autocast in float32, and with it the whole stream.
-    """
-    if next(trained.parameters()).dtype == x.dtype:
-        return contextlib.nullcontext()
-    # A CUDA graph must not read casts that autocast would keep for later.
-    return torch.autocast(x.device.type, x.dtype, cache_enabled=False)
 
 
 class Linear(nn.Module):
@@ -186,8 +173,3 @@ class Concatenated(Network):
         for block in self.blocks:
             x = block.frozen(x)
         return self.norm(x)
-
-    def read(self, encoded: Encoded, *extras: Tensor) -> Any:
-        """As `Model.read`."""
-        with arithmetic(self.head, encoded.pooled[0]):
-            return super().read(encoded, *extras)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lavish_fast import backbones, checkpoint, ops, tasks
-from lavish_fast.adapter import BlockAdapters, LavishAdapter
+from lavish_fast.adapter import BlockAdapters, LavishAdapter, arithmetic
 from lavish_fast.backbones import PLACES, Encoded
 from lavish_fast.config import Config
 from lavish_fast.vggish import VGGish
@@ -59,7 +59,8 @@ class Network(nn.Module):
 
     def read(self, encoded: Encoded, *extras: Tensor) -> Any:
         """The head's outputs."""
-        return self.head(encoded, *extras)
+        with arithmetic(self.head, encoded.pooled[0]):
+            return self.head(encoded, *extras)
 
     def _ends(self) -> set[int]:
         """How many blocks have run when a stage ends that the head reads."""

@@ -62,7 +62,7 @@ def optimize(
         dtype: of weights and arithmetic, e.g. torch.bfloat16; that of the model without it. Inputs may be of any
             floating type, the probabilities come in the model's. In training it is the frozen weights' and the
             streams', and may be another than the trained parameters' only where these are float32 and it is bfloat16 or
-            float16: they then run under autocast, as a ViT does as a whole.
+            float16: they then run under autocast.
         path: of every op: "auto", "fused" (an error where a kernel cannot be had) or "reference".
         compile: whether the blocks go through torch.compile, one of each kind and at the first call; the code
             serves every batch size.
@@ -164,7 +164,7 @@ class FastTraining(nn.Module):
 
     It stays on its device and in its types: after the model has moved, call `optimize` on it anew.
 
-    network: the module that runs. dtype: of its arithmetic. taken: the type that inputs are cast to.
+    network: the module that runs. dtype: of its arithmetic, and what inputs are cast to.
     """
 
     def __init__(
@@ -188,11 +188,12 @@ class FastTraining(nn.Module):
         self.dtype = dtype or self._out_dtype
         if model.config.backbone.kind == "swinv2":
             self.network: nn.Module = Concatenated(model, dtype=dtype, path=path)
-            self._autocast, self.taken = None, self.network.dtype  # it has its own autocast
             parts = frozen = self.network.blocks
         else:
             self.network = sharing(model).set_path(path)
-            self._autocast, self.taken = dtype, self._out_dtype
+            if self.dtype != self._out_dtype:
+                self.network.backbone = copy.deepcopy(model.backbone).to(self.dtype)
+                self.network.vggish = None if model.vggish is None else copy.deepcopy(model.vggish).to(self.dtype)
             parts, frozen = self.network.adapters, self.network.backbone.blocks[-len(self.network.adapters) :]
         self.train()
         explain(self)  # raises where "fused" cannot be had
@@ -221,17 +222,16 @@ class FastTraining(nn.Module):
 
         Raises: ValueError naming the input, what was expected and what came.
         """
-        given = _inputs(self.config, next(self.parameters()).device, self.taken, args, kwargs)
+        given = _inputs(self.config, next(self.parameters()).device, self.dtype, args, kwargs)
         return _cast(self._choose(given)(*given), self._out_dtype)
 
     def classify(self, *inputs: Tensor) -> Any:
         """As `Model.classify`, without a graph."""
-        return _cast(_Classify(self.network, self._autocast)(*inputs), self._out_dtype)
+        return _cast(self.network.classify(*inputs), self._out_dtype)
 
     def _choose(self, given: tuple[Tensor, ...]) -> Callable[..., Any]:
-        classify = _Classify(self.network, self._autocast)
         if not (self._cuda_graphs and self.training and torch.is_grad_enabled()):
-            return classify
+            return self.network.classify
         # A graph's backward pass is that of the parameters and modes that it was captured with.
         parameters = list(self.network.parameters())
         trained = tuple(p.requires_grad for p in parameters)
@@ -243,7 +243,7 @@ class FastTraining(nn.Module):
             statistics = _Statistics(self.network)
             before = statistics.flat()
             samples = tuple(x.clone() for x in given)
-            flat = _Flat(classify)
+            flat = _Flat(self.network)
             try:
                 graphed = torch.cuda.make_graphed_callables(flat, samples, allow_unused_input=True)
             finally:
@@ -251,7 +251,7 @@ class FastTraining(nn.Module):
             # Copies: the next call writes over the graph's own outputs.
             self._graphed[key] = lambda *inputs: flat.restored(tuple(x.clone() for x in graphed(*inputs)))
         if key not in self._graphed:
-            return classify
+            return self.network.classify
         # Autograd may have taken the graph's own gradients, which its next backward overwrites, for the parameters'.
         if held := [p for p in parameters if p.grad is not None]:
             for p, gradient in zip(held, torch._foreach_mul([p.grad for p in held], 1)):
@@ -329,40 +329,20 @@ class _Checkpointed:
             self._statistics.put(before)
 
 
-class _Classify(nn.Module):
-    """A network's `classify`, under autocast to `dtype` if that is another than its weights'."""
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.network, self.dtype = network, dtype
-
-    def forward(self, *inputs: Tensor) -> Any:
-        with _arithmetic(self.network, self.dtype):
-            return self.network.classify(*inputs)
-
-
-def _arithmetic(network: nn.Module, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Autocast to `dtype` if that is another than the network's weights'."""
-    weight = next(network.parameters())
-    if dtype in (None, weight.dtype):
-        return contextlib.nullcontext()
-    return torch.autocast(weight.device.type, dtype, cache_enabled=False)
-
-
 class _Flat(nn.Module):
-    """A module's outputs as a tuple of tensors and of nothing else, which is what PyTorch makes graphs of."""
+    """What `classify` returns as a tuple of tensors and of nothing else, which is what PyTorch makes graphs of."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.module = module
+        self.network = network
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        leaves, self._structure = tree_flatten(self.module(*inputs))
+        leaves, self._structure = tree_flatten(self.network.classify(*inputs))
         self._tensors = [isinstance(leaf, Tensor) for leaf in leaves]
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
     def restored(self, outputs: tuple[Tensor, ...]) -> Any:
-        """The module's outputs of such a tuple; where there was no tensor there is None."""
+        """What it returned, of such a tuple; where there was no tensor there is None."""
         given = iter(outputs)
         return tree_unflatten([next(given) if tensor else None for tensor in self._tensors], self._structure)
 
@@ -433,11 +413,10 @@ def explain(model: Model | Concatenated | Fast | FastTraining) -> Explanation:
     modes = [(module, module.training) for module in network.modules()]
     statistics = _Statistics(network)
     before = statistics.flat()
-    autocast = _arithmetic(network, model._autocast) if training else contextlib.nullcontext()
     try:
         # Drop path draws random numbers, which nobody shall miss.
         rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with torch.set_grad_enabled(training), autocast, rng:
+        with torch.set_grad_enabled(training), rng:
             if network.training != training:
                 network.train(training)
             found = list(_choices_by_block(network))
@@ -565,7 +544,7 @@ class TrainingStep:
             raise ValueError(f"loss_scale: expected a positive number, got {loss_scale}")
         self.network, self.optimizer, self._loss = network, optimizer, loss
         self._device = device = next(network.parameters()).device
-        self._dtype = network.taken if isinstance(network, FastTraining) else next(network.parameters()).dtype
+        self._dtype = network.dtype if isinstance(network, FastTraining) else next(network.parameters()).dtype
         self._statistics = _Statistics(network)
         self._kept = self._statistics.flat()  # as they were before the step under way
         if loss_scale is None and getattr(network, "dtype", None) == torch.float16:

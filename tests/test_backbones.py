@@ -7,7 +7,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 
 from lavish_fast import Config, Model, backbones
-from lavish_fast.config import SwinV2Config, ViTConfig
+from lavish_fast.backbones import PLACES
+from lavish_fast.config import ResNetConfig, SwinV2Config, VideoMAEConfig, ViTConfig
 from parity import randomise, relative_error, tiny_config
 
 SWIN = [
@@ -50,6 +51,29 @@ def test_presets_take_the_weights_they_name(name):
         ours = backbones.build(config.backbone).state_dict()
         theirs = timm.create_model(config.backbone_weights, num_classes=0).state_dict()
     assert {key: t.shape for key, t in ours.items()} == {key: t.shape for key, t in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shape"),
+    [
+        (SwinV2Config(32, embed_dim=16, depths=(1, 1), num_heads=(1, 2), window_size=4), (3, 32, 32)),
+        (ViTConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2), (3, 32, 32)),
+        (VideoMAEConfig(32, 8, 4, embed_dim=16, depth=1, num_heads=2), (3, 4, 32, 32)),
+        (VideoMAEConfig(32, 8, 4, embed_dim=16, depth=1, num_heads=2), (3, 32, 32)),
+        (ResNetConfig(64, layers=(1, 1), channels=(16, 32)), (3, 64, 64)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_are_as_kernels_want_them(backbone, shape, dtype):
+    backbone = backbones.build(backbone).to(dtype).eval()
+    with torch.no_grad():
+        x = backbone.embed(torch.randn(2, *shape, dtype=dtype))
+        for i, block in enumerate(backbone.blocks):
+            x = backbone.enter(i, x)
+            assert x.is_contiguous()
+            for place in PLACES:
+                x = x + block.finish(place, block.branch(place, x))
+                assert x.is_contiguous()
 
 
 def test_no_random_backbone_is_the_identity():

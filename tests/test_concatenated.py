@@ -74,20 +74,15 @@ def steps(module, parameters, count, dtype=torch.float32, **options):
 @pytest.mark.parametrize("changes", [{}, {"backbone": VIT}])
 @pytest.mark.parametrize(("dtype", "limit"), [(None, 1e-5), (torch.bfloat16, 2e-2)])
 def test_32_steps(dtype, limit, changes):
-    # A loss that has fallen to a twentieth shows bfloat16's rounding in a ViT: there both run under autocast.
     model = make(**changes)
-    rounded = dtype is not None and changes
-
-    def plain(audio, video):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(rounded)):
-            return model(audio, video)
-
     other = copy.deepcopy(model)
-    expected = steps(plain, [p for _, p in model.trainable_parameters()], 32, fused=True)
+    expected = steps(model, [p for _, p in model.trainable_parameters()], 32, fused=True)
     fast = optimize(other, training=True, dtype=dtype, compile=False)
     got = steps(fast, [p for p in fast.parameters() if p.requires_grad], 32, fused=True)
     assert expected[-1] < 0.9 * expected[0], "it must learn something"
-    assert ((got - expected).abs() / expected).max() <= limit
+    # A ViT's loss falls to a twentieth, of which bfloat16's rounding is more.
+    size = expected if dtype is None or not changes else expected[0]
+    assert ((got - expected).abs() / size).max() <= limit
     if dtype is None:
         parameters = zip(model.trainable_parameters(), other.trainable_parameters(), strict=True)
         errors = {name: relative_error(q, p) for (name, p), (_, q) in parameters}
@@ -166,17 +161,6 @@ def test_explain_sees_the_types_of_training(changes, dtype):
         fast(*given(fast))
     taken = {(choice.op, str(choice.dtype)) for choice in choices}
     assert {(row["op"], f"torch.{row['dtype']}") for row in explain(fast)} == taken
-
-
-def test_fused_is_refused_where_autocast_keeps_streams_wide():
-    # A ViT's streams are float32 under autocast, its branches are not.
-    backbone = ViTConfig(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2)
-    model = make(backbone=backbone, frames=1).to(DEVICE)
-    inputs = [x.to(DEVICE) for x in tiny_inputs(1, frames=1)]
-    fast = optimize(model, training=True, path="fused", compile=False, cuda_graphs=False)
-    assert fast(*inputs).isfinite().all()
-    with pytest.raises(ValueError, match=r"adapter: .*expected tensors of one type, got float16, float32"):
-        optimize(model, training=True, dtype=torch.float16, path="fused", compile=False)
 
 
 def test_explain_between_a_forward_pass_and_its_backward_pass():
@@ -332,10 +316,9 @@ def test_graphed_training(dtype):
     assert isinstance(fast(*(x[:1] for x in inputs)), torch.Tensor), "another batch size runs without a graph"
 
 
-def fused_model(dtype=torch.float32):
-    """Wide enough for every kernel on streams of this type, with a shifted block; float32 itself."""
-    backbone = small_backbone(dtype)
-    return make(backbone=backbone, frames=1).to(DEVICE)
+def fused_model(dtype=torch.float32, backbone=None):
+    """Wide enough for every kernel on streams of this type, float32 itself; a Swin-V2 with a shifted block."""
+    return make(backbone=backbone or small_backbone(dtype), frames=1).to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -348,8 +331,14 @@ def test_a_step_with_frozen_norms_through_the_kernels():
     assert_steps_agree(torch.float32, "frozen norms")
 
 
-def assert_steps_agree(dtype, mode):
-    model = fused_model(dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vits_step_through_the_kernels(dtype):
+    backbone = replace(VIT, embed_dim=64 if DEVICE == "cpu" else 192)
+    assert_steps_agree(dtype, "training", backbone)
+
+
+def assert_steps_agree(dtype, mode, backbone=None):
+    model = fused_model(dtype, backbone)
     inputs = [x.to(DEVICE) for x in tiny_inputs(2, frames=1)]
     target = torch.tensor([[0], [2]], device=DEVICE)
     found = {}
@@ -367,7 +356,7 @@ def assert_steps_agree(dtype, mode):
         with ops.recording() as choices:
             loss = ave.loss(fast(*(x.double() if name == "truth" else x for x in inputs)), target)
             (1024 * loss).backward()  # as loss scaling has it, for float16
-        assert {choice.path for choice in choices} == {options["path"]}
+        assert {choice.path for choice in choices if choice.op != "attention"} == {options["path"]}
         buffers = [t for n, t in own.trainable_state_dict().items() if "running" in n]
         gradients = [p.grad for _, p in own.trainable_parameters()]
         assert all(g.isfinite().all() for g in gradients)

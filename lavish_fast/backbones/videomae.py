@@ -29,10 +29,15 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim == 5:
-            return self.proj(images).flatten(2).mT
+            return _tokens(self.proj(images))
         # A tubelet of equal frames: its product with each frame's weights is the frame's product with their sum.
         weight = self.proj.weight.sum(2)
-        return F.conv2d(images, weight, self.proj.bias, stride=self.proj.stride[1:]).flatten(2).mT
+        return _tokens(F.conv2d(images, weight, self.proj.bias, stride=self.proj.stride[1:]))
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(n, C, *) as (n, N, C), with contiguous channels: the layout of the whole stream follows from it."""
+    return x.flatten(2).mT.contiguous()
 
 
 class VideoMAE(Backbone):
