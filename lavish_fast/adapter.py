@@ -15,12 +15,17 @@ from lavish_fast.backbones import PLACES, Block
 from lavish_fast.config import AdapterConfig
 
 
-def arithmetic(trained: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast to the type of x, where trained parameters are wider and no caller has autocast on.
+def is_narrow(x: Tensor, trained: nn.Module) -> bool:
+    """Whether a stream is narrower than the trained parameters beside it, and no caller has autocast on."""
+    return x.dtype != next(trained.parameters()).dtype and not torch.is_autocast_enabled(x.device.type)
 
-    Around them alone: a frozen norm would come out of it in float32, and with it the whole stream.
+
+def arithmetic(trained: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast to the type of x where `is_narrow`, for what is trained alone.
+
+    A frozen norm would come out of it in float32, and with it the whole stream.
     """
-    if next(trained.parameters()).dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    if not is_narrow(x, trained):
         return contextlib.nullcontext()
     # A CUDA graph must not read casts that autocast would keep for later.
     return torch.autocast(x.device.type, x.dtype, cache_enabled=False)
@@ -95,9 +100,10 @@ class BlockAdapters(nn.ModuleDict):
             if adapters := self.at(place):
                 with arithmetic(self, xs[0]):
                     outs = ops.adapter(xs, branches, adapters, block.norm(place), block.drop_path, path=self.path)
-                # That leaves norms, and with them the sum, in float32. What a caller's autocast makes stays as it is.
-                given = torch.is_autocast_enabled(xs[0].device.type)
-                xs = outs if given else [out.to(x.dtype) for out, x in zip(outs, xs, strict=True)]
+                # Autocast leaves norms, and with them the sum, in float32. What a caller's makes stays as it is.
+                if is_narrow(xs[0], self):
+                    outs = [out.to(x.dtype) for out, x in zip(outs, xs, strict=True)]
+                xs = outs
             else:
                 xs = [x + block.finish(place, branch) for x, branch in zip(xs, branches, strict=True)]
         return xs
