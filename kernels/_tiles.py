@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Channels, and those of a group's bottleneck, above which registers are short: what a program holds is rounded, as the
-# reference rounds it, some of it waits in a result's rows, and tiles are taken in turn.
-WIDE, DEEP = tl.constexpr(1024), tl.constexpr(64)
+# Channels in 16 bits and in float32, and those of a group's bottleneck, above which registers are short: what a program
+# holds is rounded, as the reference rounds it, some of it waits in a result's rows, and tiles are taken in turn.
+WIDE, WIDE_FLOAT32, DEEP = tl.constexpr(1024), tl.constexpr(256), tl.constexpr(64)
 # Latents up to which products with them are sums of multiples: a tile of 16 of them is mostly padding, and its products
 # take each tile of the stream through shared memory.
 FEW = tl.constexpr(2)
@@ -91,6 +91,13 @@ def columns(t: tl.constexpr, C_G: tl.constexpr, CHUNK: tl.constexpr):
     return t // TRIPS * C_G + offs_c, offs_c < C_G
 
 
+@triton.constexpr_function
+def is_wide(C, dtype):
+    """Whether registers are short for rows of C channels of this type."""
+    widest = WIDE_FLOAT32 if dtype == tl.float32 else WIDE
+    return widest.value < C
+
+
 @triton.jit
 def in_turn(C: tl.constexpr, D_G: tl.constexpr, dtype: tl.constexpr):
     """A barrier, which keeps the compiler from loading all tiles ahead, where registers are short."""
@@ -111,7 +118,7 @@ def load_tiles(rows, stride_c, mask_n, TILES: tl.constexpr, C_G: tl.constexpr, C
 @triton.jit
 def hold(tiles, tile, t: tl.constexpr, rows, mask_n, C: tl.constexpr, C_G: tl.constexpr, CHUNK: tl.constexpr):
     """One more tile of those that a program holds: of wide streams in rows of a result that is yet to be written."""
-    if C > WIDE:
+    if is_wide(C, rows.dtype.element_ty):
         offs, mask_c = columns(t, C_G, CHUNK)
         tl.store(rows + offs[None, :], tile.to(rows.dtype.element_ty), mask=mask_n & mask_c[None, :])
     else:

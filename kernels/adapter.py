@@ -30,7 +30,6 @@ import triton
 import triton.language as tl
 from lavish_fast.kernels import _checks, _launch, _tuning
 from lavish_fast.kernels._tiles import (
-    WIDE,
     BatchNorm,
     Norm,
     block,
@@ -39,6 +38,7 @@ from lavish_fast.kernels._tiles import (
     down_product,
     finish,
     gate_of,
+    is_wide,
     load_tiles,
     moments,
     place,
@@ -49,7 +49,7 @@ from lavish_fast.kernels._tiles import (
 from lavish_fast.kernels._weights import NORMS, Eps, Weights, mismatches, tensors, unflattened
 from torch import Tensor
 
-_WIDEST = {2: 1536, 4: 192}  # channels whose rows fit in registers, by bytes of an element
+_WIDEST = {2: 1536, 4: 768}  # channels whose rows fit in registers, by bytes of an element
 _BOTTLENECK = 384
 
 
@@ -102,7 +102,7 @@ def _adapter_fwd(
     if summaries_ptr is not None:
         s = summaries_ptr + stream * stride_s_stream + image * stride_s_n, stride_s_m
         p = softmax_of_latents(x, s, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
-    x = seen(x, s, p, gate_av, M, C_G, BLOCK_M, CHUNK, dtype if C > WIDE else tl.float32)
+    x = seen(x, s, p, gate_av, M, C_G, BLOCK_M, CHUNK, dtype if is_wide(C, dtype) else tl.float32)
     mean, rstd = moments(x, None, mask_n, EPS.ln_before, C, C_G, BLOCK_N, CHUNK)
     h = down_product(x, mean, rstd, w, EPS, D, GROUPS, C_G, BLOCK_N, CHUNK, BLOCK_D, dtype)
     hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, dtype)
@@ -266,6 +266,7 @@ def builds(architecture: int) -> Iterator[tuple[str, list[_launch.Launch]]]:
     cases = [(torch.bfloat16, width, {}) for width in (192, 384, 768, 1536)]
     cases += [(torch.bfloat16, 768, {"reduction": 4, "latents": 16}), (torch.bfloat16, 768, {"norms": "folded"})]
     cases += [(torch.bfloat16, 768, {"norms": "none", "groups": 1}), (torch.float32, 192, {})]
+    cases += [(torch.float32, 384, {}), (torch.float32, 768, {})]
     cases += [(torch.bfloat16, 768, {"latents": 64}), (torch.bfloat16, 1536, {"reduction": 4, "latents": 16})]
     for dtype, width, options in cases:
         name = " ".join(str(part) for part in (dtype, width, *(f"{k} {v}" for k, v in options.items())))

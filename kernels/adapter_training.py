@@ -29,7 +29,6 @@ import triton
 import triton.language as tl
 from lavish_fast.kernels import _checks, _launch, adapter
 from lavish_fast.kernels._tiles import (
-    WIDE,
     BatchNorm,
     Norm,
     activated,
@@ -39,6 +38,7 @@ from lavish_fast.kernels._tiles import (
     down_product,
     finish,
     gate_of,
+    is_wide,
     load_tiles,
     moments,
     place,
@@ -116,7 +116,7 @@ def _adapter_down(
     if summaries_ptr is not None:
         s = summaries_ptr + stream * stride_s_stream + image * stride_s_n, stride_s_m
         p = softmax_of_latents(x, s, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
-    x = seen(x, s, p, gate_av, M, C_G, BLOCK_M, CHUNK, dtype if C > WIDE else tl.float32)
+    x = seen(x, s, p, gate_av, M, C_G, BLOCK_M, CHUNK, dtype if is_wide(C, dtype) else tl.float32)
     mean, rstd = moments(x, None, mask_n, EPS.ln_before, C, C_G, BLOCK_N, CHUNK)
     products = down_product(x, mean, rstd, w, EPS, D, GROUPS, C_G, BLOCK_N, CHUNK, BLOCK_D, dtype)
     count = tl.sum(mask_n.to(tl.float32), 0)
@@ -725,7 +725,7 @@ torch.library.register_autograd("lavish_fast::adapter_training", _backward_of_co
 def builds(architecture: int) -> Iterator[tuple[str, list[_launch.Launch]]]:
     """What a machine without a card builds: the paper's stages, its second setting, running statistics, extremes."""
     cases = [(torch.bfloat16, 192, {}), (torch.bfloat16, 768, {}), (torch.bfloat16, 1536, {})]
-    cases += [(torch.float16, 384, {"groups": 1, "norms": "none"}), (torch.float32, 192, {}), (torch.bfloat16, 384, {})]
+    cases += [(torch.float16, 384, {"groups": 1, "norms": "none"}), (torch.float32, 768, {}), (torch.bfloat16, 384, {})]
     cases += [(torch.bfloat16, 768, {"reduction": 4, "latents": 16}), (torch.bfloat16, 768, {"statistics": "running"})]
     for dtype, width, options in cases:
         name = " ".join(str(part) for part in (dtype, width, *(f"{k} {v}" for k, v in options.items())))

@@ -34,7 +34,6 @@ from lavish_fast.kernels import _launch
 from lavish_fast.kernels._tiles import (
     DEEP,
     FEW,
-    WIDE,
     Norm,
     activated,
     batch_norm,
@@ -48,6 +47,7 @@ from lavish_fast.kernels._tiles import (
     held,
     hold,
     in_turn,
+    is_wide,
     load_tiles,
     moments,
     of_latents,
@@ -196,7 +196,7 @@ def _adapter_bwd_up(
 
     h = load_bottleneck(h_ptr + token * D, mask_n, GROUPS, D_G, BLOCK_D)
     dout = ()
-    if C <= WIDE:
+    if not is_wide(C, dtype):
         dout = load_tiles(dout_rows, dout_strides[3], mask_n, GROUPS * TRIPS, C_G, CHUNK)
     hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, dtype)
     tiles = ()
@@ -495,7 +495,7 @@ def _adapter_bwd_down(
     TRIPS: tl.constexpr = (C_G + CHUNK - 1) // CHUNK
     PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
-    HELD: tl.constexpr = dtype if C > WIDE else tl.float32
+    HELD: tl.constexpr = dtype if is_wide(C, dtype) else tl.float32
     program = tl.program_id(0).to(tl.int64)
     stream, image, offs_n = place(images, N, BLOCK_N)
     w = weights[0]
@@ -569,7 +569,7 @@ def _adapter_bwd_down(
             dr = hold(dr, tl.where(mask_n & mask_c[None, :], d, 0.0), t, dx_rows, mask_n, C, C_G, CHUNK)
 
     dout = ()
-    if C <= WIDE:
+    if not is_wide(C, dtype):
         dout = load_tiles(dout_rows, dout_strides[3], mask_n, GROUPS * TRIPS, C_G, CHUNK)
 
     # 4. Through the softmax.
@@ -590,7 +590,7 @@ def _adapter_bwd_down(
         dx = _of_dout(dout, t, dout_rows, dout_strides[3], mask_n, C_G, CHUNK) + d
         if s is not None:
             x_tile = x_tiles[t]
-            if C > WIDE or D_G > DEEP:  # where registers are short, it is read once more
+            if is_wide(C, dtype) or D_G > DEEP:  # where registers are short, it is read once more
                 x_tile = tl.load(x_rows + offs[None, :], mask=mask, other=0.0)
             dx += of_latents(dlogits, s, offs, mask_c, M, BLOCK_M)
             ds = gate_av * tl.dot(p_matrix.T, d.to(dtype), input_precision="tf32x3")
@@ -673,10 +673,11 @@ def sums_launch(
     R = shared.images * shared.N
     constants = {name: shared.constants[name] for name in ("C", "D", "GROUPS", "STREAMS", "EPS")}
     channels, width = (constants[name] // constants["GROUPS"] for name in ("C", "D"))
-    narrow = dz.element_size() == 2 and width <= 64
-    # BLOCK_D below CHUNK: see `up_launch`.
-    constants |= {"BLOCK_R": TOKENS // 2, "CHUNK": 128 // dz.element_size(), "BLOCK_D": 16 if width <= 16 else 32}
-    constants |= {"num_warps": 8, "num_stages": 3 if narrow else 2, "maxnreg": 128 if narrow else None}
+    size, narrow = dz.element_size(), width <= 64
+    # BLOCK_D below CHUNK: see `up_launch`. Products of float32 take three times the registers.
+    constants |= {"BLOCK_R": 64 // size, "CHUNK": 128 // size, "BLOCK_D": 16 if width <= 16 or size == 4 else 32}
+    constants |= {"num_warps": 8, "num_stages": 1 if size == 4 else 3 if narrow else 2}
+    constants["maxnreg"] = 128 if size == 2 and narrow else None
     grid = rows.shape[1], constants["GROUPS"] * triton.cdiv(channels, constants["CHUNK"]), len(rows)
     args = rows, products, dz, after, h, dout, shared.weights, means, dout.stride(), shared.N, R, bound(tokens, h)
     return _launch.Launch(_adapter_bwd_sums, grid, args, constants)
@@ -696,8 +697,8 @@ def mid_launch(
     constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS")}
     width = constants["D"] // constants["GROUPS"]
     # Few warps with many registers: most of a turn is waiting at barriers, which programs beside this one fill.
-    constants |= {"BLOCK_R": TOKENS if width <= 32 else TOKENS // 2, "num_warps": 4, "num_stages": 3}
-    constants["BLOCK_D"] = chunk(width, 64 if width <= 64 else 32)
+    constants |= {"BLOCK_R": TOKENS if width <= 32 else TOKENS // 2, "num_warps": 2 * h.element_size()}
+    constants |= {"num_stages": 3, "BLOCK_D": chunk(width, 64 if width <= 64 else 32)}
     grid = rows.shape[1], len(h), constants["GROUPS"] * triton.cdiv(width, constants["BLOCK_D"])
     args = da, rows, h, shared.weights, means, shifts, mixing, R, bound(shared_out(R), h)
     return _launch.Launch(_adapter_bwd_mid, grid, args, constants)
