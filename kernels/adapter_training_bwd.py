@@ -696,7 +696,8 @@ def mid_launch(
     R = h.shape[1]
     constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS")}
     width = constants["D"] // constants["GROUPS"]
-    # Few warps with many registers: most of a turn is waiting at barriers, which programs beside this one fill.
+    # Few warps with many registers, in float32 twice as many: most of a turn is waiting at barriers, which programs
+    # beside this one fill.
     constants |= {"BLOCK_R": TOKENS if width <= 32 else TOKENS // 2, "num_warps": 2 * h.element_size()}
     constants |= {"num_stages": 3, "BLOCK_D": chunk(width, 64 if width <= 64 else 32)}
     grid = rows.shape[1], len(h), constants["GROUPS"] * triton.cdiv(width, constants["BLOCK_D"])

@@ -62,7 +62,7 @@ def optimize(
         dtype: of weights and arithmetic, e.g. torch.bfloat16; that of the model without it. Inputs may be of any
             floating type, the probabilities come in the model's. In training it is the frozen weights' and the
             streams', and may be another than the trained parameters' only where these are float32 and it is bfloat16 or
-            float16: they then run under autocast.
+            float16: they then run under autocast, and one around a call has no say.
         path: of every op: "auto", "fused" (an error where a kernel cannot be had) or "reference".
         compile: whether the blocks go through torch.compile, one of each kind and at the first call; the code
             serves every batch size.
@@ -223,11 +223,19 @@ class FastTraining(nn.Module):
         Raises: ValueError naming the input, what was expected and what came.
         """
         given = _inputs(self.config, next(self.parameters()).device, self.dtype, args, kwargs)
-        return _cast(self._choose(given)(*given), self._out_dtype)
+        with self._arithmetic():
+            return _cast(self._choose(given)(*given), self._out_dtype)
 
     def classify(self, *inputs: Tensor) -> Any:
         """As `Model.classify`, without a graph."""
-        return _cast(self.network.classify(*inputs), self._out_dtype)
+        with self._arithmetic():
+            return _cast(self.network.classify(*inputs), self._out_dtype)
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager:
+        """Without a caller's autocast, where the network has its own."""
+        if self.dtype == self._out_dtype:
+            return contextlib.nullcontext()
+        return torch.autocast(next(self.parameters()).device.type, enabled=False)
 
     def _choose(self, given: tuple[Tensor, ...]) -> Callable[..., Any]:
         if not (self._cuda_graphs and self.training and torch.is_grad_enabled()):

@@ -163,6 +163,21 @@ def test_explain_sees_the_types_of_training(changes, dtype):
     assert {(row["op"], f"torch.{row['dtype']}") for row in explain(fast)} == taken
 
 
+@pytest.mark.parametrize("changes", [{}, {"backbone": VIT}])
+def test_autocast_around_narrow_streams_has_no_say(changes):
+    model = make(**changes)
+    gradients = []
+    for around in (None, torch.bfloat16, torch.float16):
+        own = copy.deepcopy(model)
+        fast = optimize(own, training=True, dtype=torch.bfloat16, compile=False)
+        with torch.autocast("cpu", around, enabled=around is not None):
+            outputs = fast(*given(model))
+        ave.loss(outputs, labels()).backward()
+        gradients.append([p.grad for _, p in own.trainable_parameters()])
+    for others in gradients[1:]:
+        torch.testing.assert_close(others, gradients[0], rtol=0, atol=0)
+
+
 def test_explain_between_a_forward_pass_and_its_backward_pass():
     gradients = []
     for look in (False, True):
