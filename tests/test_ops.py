@@ -167,7 +167,7 @@ def test_constants_are_those_of_what_is_launched(monkeypatch):
     training, inference = (choice.constants for choice in choices if choice.op == "adapter")
     measured = f"measured on sm_{architecture}, float32, width 64"
     assert inference == measured
-    assert training == f"adapter_training: default up to width 2048; adapter_training_bwd: {measured}"
+    assert training == f"adapter_training: default up to width 384; adapter_training_bwd: {measured}"
 
 
 def test_constants_of_a_backward_are_named_where_there_will_be_one(monkeypatch):
