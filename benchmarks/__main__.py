@@ -211,7 +211,10 @@ def profile(
     device: Device = None,
     out: Out = None,
 ) -> int:
-    """Where the AVE network's time goes on a card, kernel by kernel: tables, and a row for each batch size."""
+    """Where the AVE network's time goes on a card, kernel by kernel: tables, and a row for each batch size.
+
+    The row has a call's time by the clock too, as of `run`; the kernels' sum less than it is what the card waited.
+    """
     from benchmarks import profile as module
     from benchmarks.cases import CASES, MODES
     from benchmarks.measure import EXECUTIONS, PRECISIONS
@@ -227,12 +230,15 @@ def profile(
         "dtype": choose_one("dtype", dtype, PRECISIONS, dtype),
     }
     selection = Selection(device, _preset(preset, device), _batches(batch, device), cases=["ave"], modes=[mode])
-    console, failed, shared = _console(), False, {}
+    console, failed, shared, limits = _console(), False, {}, {}
     for key in selection.groups():
-        candidate = Group(selection, key, {}, shared, time.monotonic()).prepare(**how)
+        group = Group(selection, key, limits, shared, time.monotonic())
+        candidate = group.prepare(**how)
+        if candidate.call is not None:
+            group.time([candidate])
         row = candidate.row
+        console.print(line(row), soft_wrap=True)
         if candidate.call is None:
-            console.print(line(row), soft_wrap=True)
             failed = True
             continue
         kernels = module.kernels(candidate.call)

@@ -291,7 +291,7 @@ class Group:
         # On a CPU they take turns, see time_rounds; on a GPU each has the memory to itself.
         for together in [candidates] if self.device == "cpu" else [[c] for c in candidates]:
             if ready := [c for c in together if not c.row and self._prepare(c)]:
-                self._time(ready)
+                self.time(ready)
             for candidate in together:
                 candidate.call = None
                 yield candidate.row
@@ -492,8 +492,8 @@ class Group:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def _time(self, candidates: list[Candidate]) -> None:
-        """Times candidates side by side."""
+    def time(self, candidates: list[Candidate]) -> None:
+        """Times candidates side by side; their rows have the times."""
         try:
             times = measure.time_rounds([c.call for c in candidates], self.device, self.selection.seconds)
             for candidate, measured in zip(candidates, times):
@@ -503,7 +503,7 @@ class Group:
                 self._fail(candidates[0], error)
             else:  # which of them it was shows when each is alone
                 for candidate in candidates:
-                    self._time([candidate])
+                    self.time([candidate])
 
     def _add_times(self, candidate: Candidate, times: list[float]) -> None:
         low, median, high = measure.quantiles(times)
