@@ -52,7 +52,7 @@ class Tuned:
 
 
 def case_of(op: str) -> tuple[str, str]:
-    """The case and the mode that an op's kernel is timed by, e.g. adapter_training_bwd by the adapter's training."""
+    """The case and the mode that an op's kernel is timed by, e.g. adapter_training_up by the adapter's training."""
     if op in CASES:
         return op, "inference"
     return next(name for name in CASES if op.startswith(f"{name}_")), "training"

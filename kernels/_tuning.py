@@ -10,6 +10,25 @@ from typing import Any
 
 import torch
 
+# A row for each kernel that holds rows: these are of different needs.
+ADAPTER_TRAINING = tuple(f"adapter_training_{kernel}" for kernel in ("down", "up", "bwd_up", "bwd_down"))
+_FORWARD = [
+    {"bytes": 2, "width": 192, "BLOCK_N": 64, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
+    {"bytes": 2, "width": 384, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
+    {"bytes": 2, "width": 768, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8},
+    {"bytes": 2, "width": 2048, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 32, "num_warps": 8},
+    {"bytes": 4, "width": 384, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
+    {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
+]
+_BACKWARD = [
+    {"bytes": 2, "width": 192, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 4},
+    {"bytes": 2, "width": 384, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
+    {"bytes": 2, "width": 768, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8},
+    {"bytes": 2, "width": 2048, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 32, "num_warps": 8},
+    {"bytes": 4, "width": 384, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
+    {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
+]
+
 DEFAULTS: dict[str, list[dict[str, Any]]] = {
     "adapter": [  # width: of the stream, C
         {"bytes": 2, "width": 192, "BLOCK_N": 64, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
@@ -19,22 +38,8 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"bytes": 4, "width": 192, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 4},
         {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
     ],
-    "adapter_training": [  # width: as of adapter
-        {"bytes": 2, "width": 192, "BLOCK_N": 64, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
-        {"bytes": 2, "width": 384, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
-        {"bytes": 2, "width": 768, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8},
-        {"bytes": 2, "width": 2048, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 32, "num_warps": 8},
-        {"bytes": 4, "width": 384, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
-        {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
-    ],
-    "adapter_training_bwd": [  # width: as of adapter
-        {"bytes": 2, "width": 192, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 4},
-        {"bytes": 2, "width": 384, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
-        {"bytes": 2, "width": 768, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8},
-        {"bytes": 2, "width": 2048, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 32, "num_warps": 8},
-        {"bytes": 4, "width": 384, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
-        {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
-    ],
+    **dict.fromkeys(ADAPTER_TRAINING[:2], _FORWARD),  # width: as of adapter
+    **dict.fromkeys(ADAPTER_TRAINING[2:], _BACKWARD),
     "gather_latents": [
         {"bytes": 2, "width": 2048, "most_tokens": 256, "chunk": 18432, "num_warps": 4, "num_stages": 3},
         {"bytes": 4, "width": 2048, "most_tokens": 192, "chunk": 5120, "num_warps": 4, "num_stages": 3},
@@ -65,14 +70,6 @@ ROWS: dict[tuple[str, int, str, int], dict[str, Any]] = {
     ("adapter", 90, "bfloat16", 768): {"BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8, "maxnreg": 128},
 }
 
-_ADAPTER_TRAINING = {
-    "BLOCK_N": (16, 32),
-    "CHUNK": (64, 128),
-    "BLOCK_D": (64,),
-    "num_warps": (4, 8, 16),
-    "maxnreg": (None, 128),
-}
-
 # What tuning tries: every combination of an op's values.
 CANDIDATES: dict[str, dict[str, tuple]] = {
     "adapter": {
@@ -82,8 +79,16 @@ CANDIDATES: dict[str, dict[str, tuple]] = {
         "num_warps": (4, 8),
         "maxnreg": (None, 128, 80),  # registers a thread: fewer, and more programs an SM, for a few spills
     },
-    "adapter_training": _ADAPTER_TRAINING,
-    "adapter_training_bwd": _ADAPTER_TRAINING,
+    **{
+        op: {
+            "BLOCK_N": (16, 32),
+            "CHUNK": (64, 128),
+            "BLOCK_D": (64,),
+            "num_warps": (4, 8, 16),
+            "maxnreg": (None, 128),
+        }
+        for op in ADAPTER_TRAINING
+    },
     "gather_latents": {
         "most_tokens": (64, 128, 256),
         "chunk": (9216, 18432),

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from lavish_fast.kernels import _checks, _launch, adapter
+from lavish_fast.kernels import _checks, _launch, _tuning, adapter
 from lavish_fast.kernels._tiles import (
     BatchNorm,
     Norm,
@@ -407,7 +407,7 @@ def _forward(xs, branches, summaries, given, post_norm, eps, batch_statistics):
     out, h = xs[0].new_empty(streams, n, N, C), xs[0].new_empty(streams, n, N, D)
     architecture = _launch.architecture(out.device)
     norms = post_norm, eps, architecture
-    shared = _shared("adapter_training", xs, weights, *norms)
+    shared = _shared("adapter_training_down", xs, weights, *norms)
     parts = h.new_empty(streams, n, shared.blocks, 2, D, dtype=torch.float32)
     _launch.run([_down_launch(h, parts, xs, summaries, [w.gate_av for w in weights], shared)], h.device)
     bn1, bn2, mean, covariance = (parts.new_empty(streams, *shape) for shape in _STATISTICS)
@@ -415,10 +415,10 @@ def _forward(xs, branches, summaries, given, post_norm, eps, batch_statistics):
         bn1 = _merged(parts, shared)
         weights = _with(weights, "bn1", bn1)
     if batch_statistics and weights[0].bn2 is not None:
-        mean, covariance = _covariance(h.flatten(1, 2), _shared("adapter_training", xs, weights, *norms))
+        mean, covariance = _covariance(h.flatten(1, 2), _shared("adapter_training_down", xs, weights, *norms))
         bn2 = _raised(mean, covariance, _stacked_up(weights, C // channels))
         weights = _with(weights, "bn2", bn2)
-    shared = _shared("adapter_training", xs, weights, *norms)
+    shared = _shared("adapter_training_up", xs, weights, *norms)
     _launch.run([_up_launch(out, h, xs, branches, [w.gate for w in weights], post_norm, shared)], h.device)
     return out, h, bn1, bn2, mean, covariance
 
@@ -445,7 +445,8 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
     streams, (n, N, C) = len(xs), xs[0].shape
     R, D, groups = n * N, h.shape[-1], C // given[0].down.shape[1]
     weights = _with(_with(_narrowed(given, h.dtype), "bn1", bn1), "bn2", bn2)
-    shared = _shared("adapter_training_bwd", xs, weights, post_norm, eps, _launch.architecture(h.device))
+    norms = post_norm, eps, _launch.architecture(h.device)
+    shared = _shared("adapter_training_bwd_up", xs, weights, *norms)
     flat = h.flatten(1, 2)
     means = mean if batch_statistics and weights[0].bn2 is not None else None
 
@@ -486,6 +487,7 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
         table = torch.stack((factor, *averages, first_mean, first), 1)
     # dz has served: its memory takes X', whitened.
     dx, xhat, dh, ds, dgate_av = torch.empty_like(dz), dz, torch.empty_like(h), None, None
+    shared = _shared("adapter_training_bwd_down", xs, weights, *norms)
     if summaries is not None:
         grid = streams, n, shared.blocks
         ds, dgate_av = rows(*grid, summaries.shape[2], C), rows(*grid, 1)
@@ -758,16 +760,16 @@ def _build(
         norm = None
     xs, out, h = [empty(n, N, width)] * 2, empty(2, n, N, width), empty(2, n, N, D)
     summaries, covariance = empty(2, n, latents, width), wide(2, groups, D // groups, D // groups)
-    ops = "adapter_training", "adapter_training_bwd"
-    first, shared = (_shared(op, xs, [w, w], norm, (1e-5,) * 5, architecture) for op in ops)
-    grid, gates, flat = (2, n, shared.blocks), [gate] * 2, h.flatten(1, 2)
+    given = xs, [w, w], norm, (1e-5,) * 5, architecture
+    first, second, shared, last = (_shared(op, *given) for op in _tuning.ADAPTER_TRAINING)
+    grid, gates, flat = (2, n, last.blocks), [gate] * 2, h.flatten(1, 2)
     after = None if norm is None else wide(2, n, N, 2)
     batch = (None,) * 3 if norm is None or statistics == "running" else (wide(2, D), wide(2, D), covariance)
     table = None if norm is None else wide(2, 5, D)
     return [
         _down_launch(h, wide(2, n, first.blocks, 2, D), xs, summaries, gates, first),
         _gram_launch(wide(2, D), wide(2, 8, D), wide(2, 8, *covariance.shape[1:]), flat, first),
-        _up_launch(out, h, xs, xs, gates, norm, first),
+        _up_launch(out, h, xs, xs, gates, norm, second),
         *([] if norm is None else [branch_launch(out, out, xs, norm, shared)]),
         up_launch(out, wide(*h.shape), after, h, out, gates, shared),
         sums_launch(
@@ -777,6 +779,6 @@ def _build(
         mid_launch(wide(*flat.shape), wide(2, 8, 2, D), flat, *batch, shared),
         down_launch(
             *(out, out, h, wide(*grid, latents, width), wide(*grid, 1), wide(*h.shape)),
-            *(h, table, out, xs, summaries, gates, shared),
+            *(h, table, out, xs, summaries, gates, last),
         ),
     ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lavish_fast import attention as attention_kernels
 from lavish_fast import reference
-from lavish_fast.kernels import _checks
+from lavish_fast.kernels import _checks, _tuning
 
 try:
     from lavish_fast.kernels import adapter as adapter_kernel
@@ -109,7 +109,7 @@ def _record(op: str, x: Tensor, path: str, reasons: list[str], width: int, launc
     for found in _recordings.lists:
         constants = ""
         if path == "fused":
-            from lavish_fast.kernels import _launch, _tuning
+            from lavish_fast.kernels import _launch
 
             rows = [_tuning.row(name, _launch.architecture(x.device), x.dtype, width)[1] for name in launched]
             constants = rows[0] if len(set(rows)) == 1 else "; ".join(map(": ".join, zip(launched, rows)))
@@ -157,7 +157,7 @@ def adapter(
     # Trained latents may be wider than the streams.
     latents = [None if a.latents is None else a.latents.to(x.dtype) for a, x in zip(adapters, xs, strict=True)]
     reasons = partial(_adapter_reasons, xs, branches, adapters, latents, norm, drop_path, training, batch)
-    launched = ["adapter_training", "adapter_training_bwd"] if training else ["adapter"]
+    launched = _tuning.ADAPTER_TRAINING if training else ["adapter"]
     if choose("adapter", path, xs[0], xs[0].shape[-1], reasons, launched):
         summaries = None if latents[0] is None else gather_kernel.gather_latents(latents, others)
         eps, outs = _eps(adapters, norm), []

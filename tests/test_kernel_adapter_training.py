@@ -454,7 +454,7 @@ def test_statistics_of_means_that_dwarf_the_deviations(groups):
     # Without BN1 the bottleneck is what the kernel is given.
     w = Weights(None, None, a.new_empty(32, 64 // groups), None, up, None, None, None)
     x = a.new_empty(1, 500, 64)
-    shared = _shared("adapter_training", [x], [w], None, EPS, _launch.architecture(a.device))
+    shared = _shared("adapter_training_down", [x], [w], None, EPS, _launch.architecture(a.device))
     mean, covariance = _covariance(a[None], shared)
     got = _raised(mean, covariance, _stacked_up([w], groups))[0].double()
     torch.testing.assert_close(got[0], z.flatten(1).mean(0), rtol=1e-6, atol=1e-3)

@@ -157,7 +157,7 @@ def test_running_statistics_are_batch_norms():
 def test_constants_are_those_of_what_is_launched(monkeypatch):
     xs, branches, own, norm, drop_path = adapters()
     architecture = _launch.architecture(xs[0].device)
-    for op in ("adapter", "adapter_training_bwd"):
+    for op in ("adapter", "adapter_training_up"):
         constants = _tuning.row(op, architecture, xs[0].dtype, 64)[0]
         monkeypatch.setitem(_tuning.ROWS, (op, architecture, "float32", 64), constants)
     with ops.recording() as choices:
@@ -167,7 +167,11 @@ def test_constants_are_those_of_what_is_launched(monkeypatch):
     training, inference = (choice.constants for choice in choices if choice.op == "adapter")
     measured = f"measured on sm_{architecture}, float32, width 64"
     assert inference == measured
-    assert training == f"adapter_training: default up to width 384; adapter_training_bwd: {measured}"
+    default = "default up to width 384"
+    assert training == (
+        f"adapter_training_down: {default}; adapter_training_up: {measured}; "
+        f"adapter_training_bwd_up: {default}; adapter_training_bwd_down: {default}"
+    )
 
 
 def test_constants_of_a_backward_are_named_where_there_will_be_one(monkeypatch):

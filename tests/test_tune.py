@@ -198,6 +198,6 @@ def test_builders_run_every_candidate_once_and_fail_in_silence(few, monkeypatch)
 
 
 def test_stages():
-    assert tune.stages("adapter_training_bwd", "paper") == tune.stages("window_attention", "small") == [1, 2, 3, 4]
+    assert tune.stages("adapter_training_up", "paper") == tune.stages("window_attention", "small") == [1, 2, 3, 4]
     with pytest.raises(StopIteration):
         tune.case_of("nonsense_bwd")
