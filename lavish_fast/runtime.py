@@ -692,7 +692,11 @@ class TrainingStep:
             usable = first.masked_fill(~rows.view(-1, *(1,) * (first.ndim - 1)), 1 / first.shape[-1])
             usable = (usable, *rest) if rest else usable
             loss = self._loss(usable, labels) * clips
-            (loss if self._scale is None else loss * self._scale).backward(inputs=self._parameters)
+            scaled = loss if self._scale is None else loss * self._scale
+            found = torch.autograd.grad(scaled, self._parameters, allow_unused=True)
+        # One launch for many parameters, where autograd's own sums are one each.
+        owns = [own for own, gradient in zip(self._gradients, found) if gradient is not None]
+        torch._foreach_add_(owns, [gradient for gradient in found if gradient is not None])
         # BatchNorm spreads one clip's NaN over its batch.
         finite = rows.view(clips, -1).all(-1)
         sound = torch.stack([x.reshape(clips, -1).isfinite().all(1) for x in inputs]).all(0)

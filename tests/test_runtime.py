@@ -576,7 +576,8 @@ def test_graphs_on_a_gpu(model, dtype):
     plain = optimize(model, dtype=dtype, compile=False, cuda_graphs=False)
     for batch in (1, 2, 4, 7, 3):
         given = [x.cuda() for x in tiny_inputs(batch, seed=batch)]
-        torch.testing.assert_close(fast(*given), plain(*given))
+        # The graph's batch is padded, and its products may be other kernels'.
+        assert relative_error(fast(*given), plain(*given)) <= 4 * torch.finfo(dtype).eps
     held = torch.cuda.memory_allocated()
     for call in range(1000):
         fast(*(x[: 1 + call % 4] for x in given))
