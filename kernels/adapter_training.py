@@ -460,10 +460,9 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
     if post_norm is not None:
         _launch.run([branch_launch(db, dout, branches, post_norm, shared)], h.device)
     _launch.run([up_launch(dz, da, after, h, dout, gates, shared)], h.device)
-    tokens = shared_out(R, _FEWEST)
-    programs = triton.cdiv(R, tokens)
+    programs = shared.sharers(h.element_size())
     sums, dup = rows(streams, programs, 3, C), rows(streams, programs, C, D // groups)
-    _launch.run([sums_launch(sums, dup, dz, after, h, dout, means, tokens, shared)], h.device)
+    _launch.run([sums_launch(sums, dup, dz, after, h, dout, means, shared)], h.device)
     sums, dup, up = sums.sum(1), dup.sum(1).unflatten(1, (groups, -1)), _stacked_up(weights, groups)
     rstd, scale, bn2_mean = _factors([w.bn2 for w in weights], bn2, eps[2], sums[:, 2])
     # The sum of dz1 (z0 - mean): where a was centred, so is z0. Not a matrix product, which might be taken in TF32.
@@ -773,8 +772,7 @@ def _build(
         *([] if norm is None else [branch_launch(out, out, xs, norm, shared)]),
         up_launch(out, wide(*h.shape), after, h, out, gates, shared),
         sums_launch(
-            *(wide(2, 4, 3, width), wide(2, 4, width, D // groups), out, after, h, out, batch[0]),
-            *(shared_out(n * N, _FEWEST), shared),
+            *(wide(2, 4, 3, width), wide(2, 4, width, D // groups), out, after, h, out, batch[0], shared),
         ),
         mid_launch(wide(*flat.shape), wide(2, 8, 2, D), flat, *batch, shared),
         down_launch(

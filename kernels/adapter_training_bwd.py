@@ -618,6 +618,13 @@ class Shared(NamedTuple):
     def programs(self) -> int:
         return self.constants["STREAMS"] * self.images * self.blocks
 
+    def sharers(self, itemsize: int) -> int:
+        """Programs that share a stream's tokens in `_adapter_bwd_sums`: with those for all channels and streams some
+        thousand at most, which fills a card a few times."""
+        groups, R = self.constants["GROUPS"], self.images * self.N
+        tiles = groups * triton.cdiv(self.constants["C"] // groups, 128 // itemsize)
+        return triton.cdiv(R, shared_out(R, max(1024 // (tiles * self.constants["STREAMS"]), 1)))
+
     def launch(self, kernel: Any, args: tuple, **constants: int) -> _launch.Launch:
         """A program for each block of tokens."""
         return _launch.Launch(kernel, (self.programs,), args, self.constants | constants)
@@ -648,9 +655,9 @@ def up_launch(
     return shared.launch(_adapter_bwd_up, args, BLOCK_D=block_d)
 
 
-def shared_out(R: int, fewest: int = 1) -> int:
-    """Tokens of a program of those, `SHARERS` at most, that share a stream's R."""
-    return TOKENS * triton.cdiv(max(triton.cdiv(R, SHARERS), min(fewest, R), 1), TOKENS)
+def shared_out(R: int, sharers: int = SHARERS) -> int:
+    """Tokens of a program of those, `sharers` at most, that share a stream's R."""
+    return TOKENS * triton.cdiv(max(triton.cdiv(R, sharers), 1), TOKENS)
 
 
 def bound(tokens: int, like: Tensor) -> int | tl.constexpr:
@@ -666,10 +673,9 @@ def sums_launch(
     h: Tensor,
     dout: Tensor,
     means: Tensor | None,
-    tokens: int,
     shared: Shared,
 ) -> _launch.Launch:
-    """rows (streams, programs, 3, C), products (streams, programs, C, D / G), a program for `tokens` tokens."""
+    """rows (streams, programs, 3, C), products (streams, programs, C, D / G), as many programs as `sharers`."""
     R = shared.images * shared.N
     constants = {name: shared.constants[name] for name in ("C", "D", "GROUPS", "STREAMS", "EPS")}
     channels, width = (constants[name] // constants["GROUPS"] for name in ("C", "D"))
@@ -679,7 +685,8 @@ def sums_launch(
     constants |= {"num_warps": 8, "num_stages": 1 if size == 4 else 3 if narrow else 2}
     constants["maxnreg"] = 128 if size == 2 and narrow else None
     grid = rows.shape[1], constants["GROUPS"] * triton.cdiv(channels, constants["CHUNK"]), len(rows)
-    args = rows, products, dz, after, h, dout, shared.weights, means, dout.stride(), shared.N, R, bound(tokens, h)
+    args = rows, products, dz, after, h, dout, shared.weights, means, dout.stride(), shared.N, R
+    args += (bound(shared_out(R, rows.shape[1]), h),)
     return _launch.Launch(_adapter_bwd_sums, grid, args, constants)
 
 
