@@ -44,9 +44,9 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"bytes": 2, "width": 2048, "most_tokens": 256, "chunk": 18432, "num_warps": 4, "num_stages": 3},
         {"bytes": 4, "width": 2048, "most_tokens": 192, "chunk": 5120, "num_warps": 4, "num_stages": 3},
     ],
-    "gather_latents_bwd": [  # beside the forward's tiling
-        {"bytes": 2, "width": 2048, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
-        {"bytes": 4, "width": 2048, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2},
+    "gather_latents_bwd": [  # most_tokens: the forward's too, where there will be a backward
+        {"bytes": 2, "width": 2048, "most_tokens": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+        {"bytes": 4, "width": 2048, "most_tokens": 192, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2},
     ],
     "window_attention": [  # width: tokens of a window, twice for heads wider than 32
         {"bytes": 2, "width": 144, "BLOCK_M": 16, "BLOCK_N": 128, "RELOAD": False, "programs": 1440, "num_warps": 1},
@@ -96,9 +96,10 @@ CANDIDATES: dict[str, dict[str, tuple]] = {
         "num_stages": (2, 3),
     },
     "gather_latents_bwd": {
-        "BLOCK_D": (16, 32, 64, 128),
+        "most_tokens": (64, 128, 256),
+        "BLOCK_D": (32, 64, 128),
         "num_warps": (4, 8),
-        "num_stages": (1, 2, 3),
+        "num_stages": (1, 2),
     },
     "window_attention": {
         "BLOCK_M": (16, 32, 64),

@@ -231,6 +231,8 @@ def _tiling(m: int, N: int, C: int, dtype: torch.dtype, architecture: int, train
     # Tensor cores take 16 latents at once, which the forward's products of float32 have no use for.
     M = max(1 if dtype == torch.float32 and not trained else 16, triton.next_power_of_2(m))
     most = constants.pop("most_tokens")
+    if trained:
+        most = _tuning.row("gather_latents_bwd", architecture, dtype, C)[0]["most_tokens"]
     if trained or dtype == torch.float32:
         # Or logits and dP, of 4 M bytes a token each, do not fit into registers, nor do logits beside a product.
         most = min(most, 16384 // dtype.itemsize // M)

@@ -209,6 +209,7 @@ def launch(
     if summed:
         parts = torch.empty(len(directions), n, blocks, m, C, dtype=torch.float32, device=ds.device)
     constants, _ = _tuning.row("gather_latents_bwd", architecture, ds.dtype, C)
+    del constants["most_tokens"]
     constants |= tiling | {"BLOCK_N": block, "BLOCK_D": min(constants["BLOCK_D"], tiling["BLOCK_C"])}
     if block * tiling["M"] <= 1024:
         constants["num_warps"] //= 2
