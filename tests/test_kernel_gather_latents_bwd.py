@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lavish_fast.kernels import _launch, _tuning
 from lavish_fast.kernels import gather_latents as kernels
 from lavish_fast.kernels.gather_latents import gather_latents
 from torch import Tensor
@@ -99,6 +100,18 @@ def test_parity(m, N, dtype):
 )  # fmt: skip
 def test_parity_of_stages_and_other_widths(m, N, C, dtype):
     assert_parity(*inputs(m, N, C, dtype=dtype, seed=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parity_where_the_backwards_row_asks_for_more_blocks(dtype, monkeypatch):
+    architecture = _launch.architecture(torch.empty(0, device=DEVICE).device)
+    constants = _tuning.row("gather_latents_bwd", architecture, dtype, 192)[0] | {"most_tokens": 64}
+    key = "gather_latents_bwd", architecture, str(dtype).removeprefix("torch."), 192
+    given = inputs(2, 144, 192, dtype=dtype)
+    assert not kernels._is_split(given[1][0], 2)
+    monkeypatch.setitem(_tuning.ROWS, key, constants)
+    assert kernels._is_split(given[1][0], 2)
+    assert_parity(*given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
