@@ -171,6 +171,9 @@ def ladder(
     seconds: Annotated[float, typer.Option(min=0, help="Of timing per rung.")] = 2.0,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds that one rung may take in all.")] = float("inf"),
     budget: Annotated[float, typer.Option(min=0, help="Seconds that all of them may take.")] = float("inf"),
+    rungs: Annotated[
+        str | None, typer.Option(help="Which to measure, by commas from 1; the others' last rows are in the file.")
+    ] = None,
     out: Out = None,
 ) -> int:
     """What each technique adds, a fresh process a rung: appends rows, draws ladder.svg and .png beside them.
@@ -186,18 +189,22 @@ def ladder(
     _batches(str(batch), device)
     name = "ladder.jsonl" if mode == "inference" else f"ladder-{mode}.jsonl"
     out = out or results.folder(device) / name
-    console, rungs = _console(), []
+    every = {str(i): rung for i, rung in enumerate(module.RUNGS[mode], 1)}
+    wanted = [every[i] for i in choose("rungs", rungs, every, every)]
+    console, measured = _console(), {}
     with console.status("") as status:
-        climb = module.climb(device, mode, preset, batch, execution, seconds, timeout=timeout, budget=budget)
-        for rung in module.RUNGS[mode]:
+        options = {"rungs": wanted, "timeout": timeout, "budget": budget}
+        climb = module.climb(device, mode, preset, batch, execution, seconds, **options)
+        for rung in wanted:
             status.update(rung.label)
-            row = next(climb)
-            results.append(out, [{**row, "rung": rung.label}])
-            rungs.append((rung, row))
+            row = measured[rung] = {**next(climb), "rung": rung.label}
+            results.append(out, [row])
             console.print(f"{rung.label:26}{line(row)}", soft_wrap=True)
-    pictures = module.draw(rungs, out.with_suffix(""))
+    kept = results.read(out)
+    drawn = [(rung, module.latest(kept, rung, row)) for rung in every.values()]
+    pictures = module.draw([(rung, row) for rung, row in drawn if row is not None], out.with_suffix(""))
     console.print(f"rows in {out}, pictures in {', '.join(map(str, pictures))}", soft_wrap=True)
-    return 1 if any(row["status"] in ("wrong", "failed") for _, row in rungs) else 0
+    return 1 if any(row["status"] in ("wrong", "failed") for row in measured.values()) else 0
 
 
 @app.command()

@@ -62,21 +62,24 @@ def climb(
     execution: str,
     seconds: float,
     *,
+    rungs: Sequence[Rung] | None = None,
     timeout: float = math.inf,
     budget: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
     """The row of each of a mode's RUNGS, also of one whose process dies or takes longer than `timeout` seconds.
 
-    budget: seconds that all of them may take. The device's limits are measured once, for all rungs.
+    rungs: these of them alone. budget: seconds that all of them may take. The device's limits are measured once, for
+    all rungs.
     """
     until = time.monotonic() + budget
+    rungs = RUNGS[mode] if rungs is None else rungs
     with tempfile.TemporaryDirectory() as folder:
         limits = Path(folder) / "limits.jsonl"
-        for dtype in dict.fromkeys(rung.dtype.removesuffix("-autocast") for rung in RUNGS[mode]):
+        for dtype in dict.fromkeys(rung.dtype.removesuffix("-autocast") for rung in rungs):
             command = ["roofline", "--measure", "--device", device, "--dtype", dtype, "--out", str(limits)]
             with suppress(subprocess.TimeoutExpired):  # the rungs then measure their own
                 _benchmarks(command, min(timeout, until - time.monotonic()))
-        for i, rung in enumerate(RUNGS[mode]):
+        for i, rung in enumerate(rungs):
             how = rung.execution or execution
             if execution == "eager":
                 how = how.removeprefix("blocks+")
@@ -105,6 +108,13 @@ def climb(
             else:
                 last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
                 yield _row(device, key, "failed", f"exit code {done.returncode}: {last[0][:200]}")
+
+
+def latest(rows: Sequence[dict[str, Any]], rung: Rung, like: dict[str, Any]) -> dict[str, Any] | None:
+    """The last row of a rung, of the sizes, the mode, the card and the number of threads of another."""
+    same = "device", "threads", "mode", "preset", "batch"
+    found = [r for r in rows if r.get("rung") == rung.label and all(r[name] == like[name] for name in same)]
+    return found[-1] if found else None
 
 
 def _benchmarks(arguments: Sequence[str], seconds: float) -> subprocess.CompletedProcess:

@@ -314,7 +314,10 @@ class Group:
     def _prepare_problem(self) -> None:
         if ("problem", self.clips) not in self.shared:
             case, preset = CASES[self.key["case"]], PRESETS[self.selection.preset]
-            self.shared["problem", self.clips] = case.problem(preset, self.key["setting"], self.clips)
+            problem = case.problem(preset, self.key["setting"], self.clips)
+            if isinstance(problem.truth, nn.Module):
+                problem.truth.to(self.device)  # once; the paths' copies are made of it
+            self.shared["problem", self.clips] = problem
         self.problem: Problem = self.shared["problem", self.clips]
 
     def _prepare_truth(self) -> None:

@@ -72,6 +72,7 @@ def test_run_fails_when_a_path_is_wrong(tiny, tmp_path, monkeypatch):
         (["run", "--batch", "3", "--device", "cpu"], "batch: expected 1 or even numbers of clips, got 3"),
         (["run", "--batch", "two", "--device", "cpu"], "batch: expected 1 or even numbers of clips, got two"),
         (["ladder", "--mode", "sleeping"], "mode: expected some of inference, training, got sleeping"),
+        (["ladder", "--rungs", "0,2"], "rungs: expected some of 1, 2, 3"),
         (["ladder", "--execution", "blocks,eager"], "execution: expected one of blocks, eager"),
         (["memory", "--mode", "sleeping"], "mode: expected some of inference, training, got sleeping"),
         (["profile", "--device", "cpu"], "device: expected cuda, whose kernels are listed, got cpu"),

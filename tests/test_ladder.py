@@ -146,6 +146,22 @@ def test_the_ladder_of_training(processes):
     assert [row["status"] for row in rows] == ["ok", "ok", "skipped", "ok", "ok", "skipped", "skipped"]
 
 
+def test_some_rungs_alone(processes):
+    commands, *_ = processes
+    rows = climbed(mode="training", rungs=ladder.RUNGS["training"][3:5])
+    assert [option(command, "--path") for command, *_ in commands] == ["concatenated", "fused"]
+    assert [row["path"] for row in rows] == ["concatenated", "fused"]
+
+
+def test_the_rows_of_rungs_that_are_not_measured_anew():
+    rung, other = RUNGS[:2]
+    like = {"device": "card", "threads": 2, "mode": "inference", "preset": "paper", "batch": 2}
+    rows = [like | {"rung": rung.label, "date": i} for i in range(3)]
+    rows += [like | {"rung": rung.label, "date": 3, name: "another"} for name in like]
+    assert ladder.latest(rows, rung, like) == rows[2]
+    assert ladder.latest(rows, other, like) is None
+
+
 @pytest.mark.parametrize("mode", ladder.RUNGS)
 def test_every_rung_can_be_asked_for(mode):
     paths = cases.CASES["ave"].paths if mode == "inference" else cases._TRAINS
