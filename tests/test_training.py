@@ -676,7 +676,7 @@ def test_recorded_and_checkpointed_runs_are_the_same(tmp_path, monkeypatch):
 def test_steps_of_a_gpu_are_captured(tmp_path, monkeypatch, amp, compiled):
     data, graphs = make_clips(5), []
     if not compiled:
-        monkeypatch.setattr(runtime, "_compile", lambda parts: None)
+        monkeypatch.setattr(runtime, "_compile", lambda *given: None)
     data[1]["video"] = torch.full_like(data[1]["video"], float("nan"))
     record = runtime._record
     monkeypatch.setattr(runtime, "_record", lambda *given: graphs.append(record(*given)) or graphs[-1])
