@@ -13,16 +13,16 @@ from lavish_fast.kernels._weights import Weights
 from lavish_fast.kernels.adapter_training import (
     _adapter_training,
     _adapter_training_backward,
-    _covariance,
+    _bn2,
     _parts,
-    _raised,
+    _results,
     _shared,
-    _stacked_up,
     _weight_gradients,
     adapter_training,
     reasons,
 )
 from lavish_fast.kernels.adapter_training_bwd import shared_out
+from lavish_fast.kernels.adapter_training_totals import products_launch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -222,7 +222,13 @@ def test_every_stage_in_full(width, tokens, options, dtype, batch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_weights_in_parts(n, tokens, widths, groups, dtype):
     d, x = (draw(2, n, tokens, groups * width, seed=width, dtype=dtype) for width in widths)
-    got = _weight_gradients(d, x, groups)
+    # Without LN_before that is all that down's gradient is.
+    D, C = d.shape[-1], x.shape[-1]
+    w = Weights(None, None, d.new_zeros(D, C // groups), None, d.new_zeros(C, D // groups), None, None, None)
+    shared = _shared("adapter_training_down", [*x], [w, w], None, EPS, _launch.architecture(x.device))
+    found, sums = _results(d, C, groups), torch.zeros(2, D, device=DEVICE)
+    _launch.run([products_launch(found, _weight_gradients(d, x, groups), sums, None, None, shared)], x.device)
+    got = found["down"].unflatten(1, (groups, -1))
     by_group = (t.double().flatten(1, 2).unflatten(2, (groups, -1)) for t in (d, x))
     expected = torch.einsum("srgp,srgq->sgpq", *by_group)
     assert got.dtype == torch.float32
@@ -455,8 +461,7 @@ def test_statistics_of_means_that_dwarf_the_deviations(groups):
     w = Weights(None, None, a.new_empty(32, 64 // groups), None, up, None, None, None)
     x = a.new_empty(1, 500, 64)
     shared = _shared("adapter_training_down", [x], [w], None, EPS, _launch.architecture(a.device))
-    mean, covariance = _covariance(a[None], shared)
-    got = _raised(mean, covariance, _stacked_up([w], groups))[0].double()
+    got = _bn2(a[None], shared)[0][0].double()
     torch.testing.assert_close(got[0], z.flatten(1).mean(0), rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(got[1], z.flatten(1).var(0, correction=0), rtol=1e-5, atol=0)
 
