@@ -445,7 +445,7 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
     db = None if post_norm is None else torch.empty_like(dz)
     gates, dgates = [w.gate for w in weights], None
     if any(gate is not None for gate in gates):
-        found["gate"], dgates = rows(streams, 1), rows(streams, bwd_bn2_programs(shared))
+        found["gate"], dgates = rows(streams, 1), rows(streams, bwd_bn2_programs(shared, h))
     tokens = shared_out(R, _FEWEST)
     programs = triton.cdiv(R, tokens)
     sums, products = rows(streams, programs, 3, C), rows(streams, programs, C, D // groups)
@@ -728,7 +728,7 @@ def _build(
     of_batch = (mean, wide(2, D), covariance) if by_batch else (None,) * 3
     R, grams = n * N, (wide(2, D), wide(2, 8, D), wide(2, 8, *square))
     parts, sums, narrow = wide(2, n, first.blocks, 2, D), wide(2, 4, 3, width), wide(2, 8, 2, D)
-    products, dgates = wide(2, 4, width, D // groups), wide(2, bwd_bn2_programs(shared))
+    products, dgates = wide(2, 4, width, D // groups), wide(2, bwd_bn2_programs(shared, h))
     ds, dgates_av = wide(2, n, last.blocks, latents, width), wide(2, n, last.blocks, 1)
     of_down = [wide(8, D // groups, width // groups)] * groups
     return [

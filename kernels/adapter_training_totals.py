@@ -27,12 +27,11 @@ from typing import Any
 import triton
 import triton.language as tl
 from lavish_fast.kernels._launch import Launch
-from lavish_fast.kernels._tiles import chunk, gate_of, zeros
+from lavish_fast.kernels._tiles import block, chunk, gate_of, zeros
 from lavish_fast.kernels._weights import Weights
 from lavish_fast.kernels.adapter_training_bwd import Shared, bound
 from torch import Tensor
 
-_CHANNELS = 16  # of a program that has whole rows of up
 _PLACES = 4096  # of a program's sums, at most
 
 
@@ -463,6 +462,16 @@ def _widths(shared: Shared, most: int = 64) -> tuple[int, int, int]:
     return shared.constants["C"] // shared.constants["GROUPS"], width, chunk(width, most)
 
 
+def _most(size: int, like: Tensor) -> int:
+    """Numbers of a program, or eight times as many in the interpreter, whose time goes by programs."""
+    return 8 * size if like.is_cpu else size
+
+
+def _channels_of(shared: Shared, like: Tensor) -> int:
+    """Of a program that has whole rows of up."""
+    return min(block(_widths(shared)[0]), _most(16, like))
+
+
 def _parts(tile: int) -> int:
     """Those that a program of tiles of so many numbers has in one turn."""
     return max(1, triton.next_power_of_2(_PLACES // tile + 1) // 2)
@@ -478,7 +487,7 @@ def narrow_launch(narrow: Tensor, weights: Sequence[Weights]) -> Launch:
 
 def bn1_launch(bn1: Tensor, parts: Tensor, shared: Shared) -> Launch:
     """parts (streams, n, blocks, 2, D)."""
-    constants = _constants(shared, "D", "BLOCK_N") | {"BLOCK_P": 512, "BLOCK_D": 8, "num_warps": 8}
+    constants = _constants(shared, "D", "BLOCK_N") | {"BLOCK_P": 512, "BLOCK_D": _most(8, bn1), "num_warps": 8}
     grid = triton.cdiv(constants["D"], constants["BLOCK_D"]), len(bn1)
     args = bn1, parts, shared.N, bound(parts.shape[1] * parts.shape[2], parts)
     return Launch(_adapter_bn1, grid, args, constants)
@@ -487,7 +496,7 @@ def bn1_launch(bn1: Tensor, parts: Tensor, shared: Shared) -> Launch:
 def covariance_launch(
     mean: Tensor, covariance: Tensor, firsts: Tensor, sums: Tensor, grams: Tensor, R: int, shared: Shared
 ) -> Launch:
-    constants = _constants(shared, "D", "GROUPS") | {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 8}
+    constants = _constants(shared, "D", "GROUPS") | {"BLOCK_P": 32, "BLOCK": _most(128, mean), "num_warps": 8}
     grid = triton.cdiv(covariance[0].numel(), constants["BLOCK"]), len(mean)
     args = mean, covariance, firsts, sums, grams, R, bound(sums.shape[1], sums)
     return Launch(_adapter_covariance, grid, args, constants)
@@ -495,14 +504,15 @@ def covariance_launch(
 
 def bn2_launch(bn2: Tensor, mean: Tensor, covariance: Tensor, shared: Shared) -> Launch:
     channels, _, block_d = _widths(shared)
-    constants = _constants(shared, "C", "D", "GROUPS", "STREAMS") | {"BLOCK_C": _CHANNELS, "BLOCK_D": block_d}
-    grid = constants["GROUPS"] * triton.cdiv(channels, _CHANNELS), len(bn2)
+    block_c = _channels_of(shared, bn2)
+    constants = _constants(shared, "C", "D", "GROUPS", "STREAMS") | {"BLOCK_C": block_c, "BLOCK_D": block_d}
+    grid = constants["GROUPS"] * triton.cdiv(channels, block_c), len(bn2)
     return Launch(_adapter_bn2, grid, (bn2, mean, covariance, shared.weights), constants)
 
 
-def bwd_bn2_programs(shared: Shared) -> int:
+def bwd_bn2_programs(shared: Shared, like: Tensor) -> int:
     """Of a stream."""
-    return shared.constants["GROUPS"] * triton.cdiv(_widths(shared)[0], _CHANNELS)
+    return shared.constants["GROUPS"] * triton.cdiv(_widths(shared)[0], _channels_of(shared, like))
 
 
 def bwd_bn2_launch(
@@ -517,19 +527,19 @@ def bwd_bn2_launch(
     """found: where the gradients of up, BN2 and LN_after go. dgates (streams, `bwd_bn2_programs`)."""
     _, width, block_d = _widths(shared)
     constants = _constants(shared, "C", "D", "GROUPS", "STREAMS", "EPS")
-    constants |= {"BLOCK_C": _CHANNELS, "BLOCK_D": block_d}
-    constants["BLOCK_P"] = _parts(_CHANNELS * block_d * triton.cdiv(width, block_d))
+    constants |= {"BLOCK_C": _channels_of(shared, rows), "BLOCK_D": block_d}
+    constants["BLOCK_P"] = _parts(constants["BLOCK_C"] * block_d * triton.cdiv(width, block_d))
     names = "up", "bn2.weight", "bn2.bias", "ln_after.weight", "ln_after.bias"
     args = *(found[name] for name in names), dgates, rows, products, covariance, shared.weights, tuple(gates)
-    grid = bwd_bn2_programs(shared), len(rows)
+    grid = bwd_bn2_programs(shared, rows), len(rows)
     return Launch(_adapter_bwd_bn2, grid, (*args, bound(rows.shape[1], rows)), constants)
 
 
 def mixing_launch(shifts: Tensor, mixing: Tensor, found: dict[str, Tensor], R: int, shared: Shared) -> Launch:
     """found: with BN2's gradients."""
-    channels, width, block_d = _widths(shared)
+    channels, width, block_d = _widths(shared, 32)
     constants = _constants(shared, "C", "D", "GROUPS", "STREAMS", "EPS")
-    constants |= {"BLOCK_C": chunk(channels, 64), "BLOCK_D": block_d}
+    constants |= {"BLOCK_C": chunk(channels, _most(64, mixing)), "BLOCK_D": block_d}
     grid = constants["GROUPS"] * triton.cdiv(width, block_d) ** 2, len(shifts)
     args = shifts, mixing, found["bn2.weight"], found["bn2.bias"], shared.weights, R
     return Launch(_adapter_bwd_mixing, grid, args, constants)
@@ -537,7 +547,7 @@ def mixing_launch(shifts: Tensor, mixing: Tensor, found: dict[str, Tensor], R: i
 
 def bwd_bn1_launch(found: dict[str, Tensor], table: Tensor, rows: Tensor, R: int | None, shared: Shared) -> Launch:
     """found: where BN1's gradients go. R: None where statistics are constants."""
-    constants = _constants(shared, "D", "STREAMS", "EPS") | {"BLOCK_P": 64, "BLOCK_D": 16}
+    constants = _constants(shared, "D", "STREAMS", "EPS") | {"BLOCK_P": 64, "BLOCK_D": _most(16, rows)}
     grid = triton.cdiv(constants["D"], constants["BLOCK_D"]), len(rows)
     args = found["bn1.weight"], found["bn1.bias"], table, rows, shared.weights, R, bound(rows.shape[1], rows)
     return Launch(_adapter_bwd_bn1, grid, args, constants)
@@ -556,7 +566,8 @@ def products_launch(
     dgates (streams, ...), dgates_av (streams, ...): what programs left of the gates' gradients.
     """
     channels, width, block_d = _widths(shared, 32)
-    constants = _constants(shared, "C", "D", "GROUPS", "STREAMS") | {"BLOCK_C": chunk(channels, 32), "BLOCK_D": block_d}
+    constants = _constants(shared, "C", "D", "GROUPS", "STREAMS")
+    constants |= {"BLOCK_C": chunk(channels, _most(32, sums)), "BLOCK_D": block_d}
     constants["BLOCK_P"] = _parts(constants["BLOCK_C"] * block_d * triton.cdiv(width, block_d))
     grid = constants["GROUPS"] * triton.cdiv(channels, constants["BLOCK_C"]), len(sums)
     counts = (bound(0 if t is None else t[0].numel(), sums) for t in (dgates, dgates_av))
@@ -569,6 +580,6 @@ def products_launch(
 def summaries_launch(ds: Tensor, parts: Tensor) -> Launch:
     """ds (streams, n, m, C), parts (streams, n, blocks, m, C) float32."""
     streams, n, blocks, *_ = parts.shape
-    constants = {"SIZE": parts.shape[3:].numel(), "BLOCK_P": 8, "BLOCK": 256}
+    constants = {"SIZE": parts.shape[3:].numel(), "BLOCK_P": 8, "BLOCK": _most(256, ds)}
     grid = streams * n, triton.cdiv(constants["SIZE"], constants["BLOCK"])
     return Launch(_adapter_bwd_summaries, grid, (ds, parts, bound(blocks, parts)), constants)
