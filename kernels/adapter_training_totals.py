@@ -50,11 +50,12 @@ def _totals(tiles, count, BLOCK_P: tl.constexpr):
     for t in tl.static_range(len(tiles)):
         sums += (tl.zeros((BLOCK_P, tiles[t][1].shape[0], tiles[t][1].shape[1]), tl.float32),)
     for start in range(0, count, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)[:, None, None]
+        offs_p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None, None]
+        mask_p = offs_p < count
         added = ()
         for t in tl.static_range(len(tiles)):
-            ptrs, mask = tiles[t][0][None, :, :] + offs_p.to(tl.int64) * tiles[t][2], tiles[t][1][None, :, :]
-            added += (sums[t] + tl.load(ptrs, mask=mask & (offs_p < count), other=0.0),)
+            ptrs, mask, stride = tiles[t]
+            added += (sums[t] + tl.load(ptrs[None, :, :] + offs_p * stride, mask=mask[None, :, :] & mask_p, other=0.0),)
         sums = added
     totals = ()
     for t in tl.static_range(len(tiles)):
@@ -90,14 +91,22 @@ def _tile(rows, mask, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _up_covariance(up_ptr, covariance_ptr, offs, mask_c, offs_j, D_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Columns of up K, of these channels and their group's K."""
-    product = tl.zeros((offs.shape[0], BLOCK_D), tl.float32)
+def _tiles_of_up(offs, mask_c, D_G: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets and mask of each tile of these rows."""
+    tiles = ()
     for part in tl.static_range((D_G + BLOCK_D - 1) // BLOCK_D):
+        tiles += (_tile(offs, mask_c, part * BLOCK_D + tl.arange(0, BLOCK_D), D_G),)
+    return tiles
+
+
+@triton.jit
+def _up_covariance(up, covariance_ptr, offs_j, D_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns of up K. up: tiles of rows of one group, whose K it is."""
+    product = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+    for part in tl.static_range(len(up)):
         offs_i = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        up = _load(up_ptr, *_tile(offs, mask_c, offs_i, D_G))
         covariance = _load(covariance_ptr, *_tile(offs_i, offs_i < D_G, offs_j, D_G))
-        product = tl.dot(up, covariance, product, input_precision="tf32x3")
+        product = tl.dot(up[part], covariance, product, input_precision="tf32x3")
     return product
 
 
@@ -197,15 +206,16 @@ def _adapter_bn2(
         w = weights[STREAMS - 1]
     g, offs, mask_c = _channels(C // GROUPS, BLOCK_C)
     channel = stream * D + g * D_G
+    up, tiles = (), _tiles_of_up(offs, mask_c, D_G, BLOCK_D)
+    for part in tl.static_range(len(tiles)):
+        up += (_load(w.up, *tiles[part]),)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     variance = tl.zeros((BLOCK_C,), tl.float32)
-    for part in tl.static_range((D_G + BLOCK_D - 1) // BLOCK_D):
+    for part in tl.static_range(len(up)):
         offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        up = _load(w.up, *_tile(offs, mask_c, offs_d, D_G))
-        # Not a matrix product, which might be taken in TF32.
-        mean += tl.sum(up * _load(mean_ptr + channel, offs_d, offs_d < D_G)[None, :], 1)
-        product = _up_covariance(w.up, covariance_ptr + channel * D_G, offs, mask_c, offs_d, D_G, BLOCK_D)
-        variance += tl.sum(product * up, 1)
+        mean += tl.sum(up[part] * _load(mean_ptr + channel, offs_d, offs_d < D_G)[None, :], 1)
+        product = _up_covariance(up, covariance_ptr + channel * D_G, offs_d, D_G, BLOCK_C, BLOCK_D)
+        variance += tl.sum(product * up[part], 1)
     bn2_ptr += stream * 2 * C
     tl.store(bn2_ptr + offs, mean, mask=mask_c)
     tl.store(bn2_ptr + C + offs, tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL), mask=mask_c)
@@ -235,7 +245,6 @@ def _adapter_bwd_bn2(
     BLOCK_D: tl.constexpr,
 ):
     D_G: tl.constexpr = D // GROUPS
-    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
     stream = tl.program_id(1).to(tl.int64)
     w = weights[0]
     if stream == 1:
@@ -245,40 +254,43 @@ def _adapter_bwd_bn2(
     column, mask = offs[:, None], mask_c[:, None]
     rows = rows_ptr + stream * programs * 3 * C + column
     tiles = ((rows, mask, 3 * C), (rows + C, mask, 3 * C), (rows + 2 * C, mask, 3 * C))
-    for part in tl.static_range(PARTS):
-        place, mask_up = _tile(offs, mask_c, part * BLOCK_D + tl.arange(0, BLOCK_D), D_G)
-        tiles += ((products_ptr + stream * programs * C * D_G + place, mask_up, C * D_G),)
+    up_tiles = _tiles_of_up(offs, mask_c, D_G, BLOCK_D)
+    products_ptr += stream * programs * C * D_G
+    for part in tl.static_range(len(up_tiles)):
+        tiles += ((products_ptr + up_tiles[part][0], up_tiles[part][1], C * D_G),)
     totals = _totals(tiles, programs, BLOCK_P)
     dzhat, d, dz = totals[0], totals[1], totals[2]
     rstd, scale = _factors(w.bn2, EPS.bn2, column, mask)
 
     # The sum of dz1 (z0 - mean): where a was centred, so is z0.
-    slope = tl.zeros((BLOCK_C, 1), tl.float32)
-    for part in tl.static_range(PARTS):
-        up = _load(w.up, *_tile(offs, mask_c, part * BLOCK_D + tl.arange(0, BLOCK_D), D_G))
-        slope += tl.sum(up * totals[3 + part], 1)[:, None]
+    slope, up = tl.zeros((BLOCK_C,), tl.float32), ()
+    for part in tl.static_range(len(up_tiles)):
+        up += (_load(w.up, *up_tiles[part]),)
+        slope += tl.sum(up[part] * totals[3 + part], 1)
+    slope = slope[:, None]
     if EPS.bn2 is not None and covariance_ptr is None:
         slope -= _load(w.bn2.mean, column, mask) * dz
     slope *= rstd
-    for part in tl.static_range(PARTS):
-        offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    dup_ptr += stream * C * D_G
+    for part in tl.static_range(len(up_tiles)):
         dup = totals[3 + part]
         if covariance_ptr is not None:
             covariance = covariance_ptr + (stream * D + g * D_G) * D_G
-            dup -= rstd * slope * _up_covariance(w.up, covariance, offs, mask_c, offs_d, D_G, BLOCK_D)
-        place, mask_up = _tile(offs, mask_c, offs_d, D_G)
-        tl.store(dup_ptr + stream * C * D_G + place, dup * scale, mask=mask_up)
+            offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+            dup -= rstd * slope * _up_covariance(up, covariance, offs_d, D_G, BLOCK_C, BLOCK_D)
+        tl.store(dup_ptr + up_tiles[part][0], dup * scale, mask=up_tiles[part][1])
+    if dgates_ptr is not None:
+        v = dzhat
+        if w.ln_after.weight is not None:
+            v *= _load(w.ln_after.weight, column, mask)
+        if w.ln_after.bias is not None:
+            v += d * _load(w.ln_after.bias, column, mask)
+        tl.store(dgates_ptr + stream * tl.num_programs(0) + tl.program_id(0), tl.sum(v))
     column += stream * C
     tl.store(dweight_ptr + column, slope, mask=mask)
     tl.store(dbias_ptr + column, dz, mask=mask)
     tl.store(dafter_weight_ptr + column, gate * dzhat, mask=mask)
     tl.store(dafter_bias_ptr + column, gate * d, mask=mask)
-    if dgates_ptr is not None:
-        if w.ln_after.weight is not None:
-            dzhat *= _load(w.ln_after.weight, offs[:, None], mask)
-        if w.ln_after.bias is not None:
-            dzhat += d * _load(w.ln_after.bias, offs[:, None], mask)
-        tl.store(dgates_ptr + stream * tl.num_programs(0) + tl.program_id(0), tl.sum(dzhat))
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -364,8 +376,11 @@ def _adapter_bwd_bn1(
 @triton.jit
 def _total(ptr, count):
     """The sum of `count` numbers."""
-    offs = tl.zeros((1, 1), tl.int32)
-    return tl.sum(_totals(((ptr + offs, offs == 0, 1),), count, 1024)[0])
+    total = tl.zeros((1024,), tl.float32)
+    for start in range(0, count, 1024):
+        offs = start + tl.arange(0, 1024)
+        total += tl.load(ptr + offs, mask=offs < count, other=0.0)
+    return tl.sum(total)
 
 
 @triton.jit(do_not_specialize=["parts", "tiles", "blocks"])
@@ -409,14 +424,14 @@ def _adapter_bwd_products(
     summands = ()
     for part in tl.static_range(PARTS):
         offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        _, mask = _tile(offs_d, offs_d < D_G, offs_c, C_G)
+        mask = (offs_d < D_G)[:, None] & mask_c[None, :]
         summands += ((product_ptr + offs_d[:, None] * stride_d + offs_c[None, :], mask, stride_p),)
     totals = _totals(summands, parts, BLOCK_P)
     dweight, dbias = zeros(2, 1, BLOCK_C)
     for part in tl.static_range(PARTS):
         offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D_G
-        place, mask = _tile(g * D_G + offs_d, mask_d, offs_c, C_G)
+        place, mask = (g * D_G + offs_d)[:, None] * C_G + offs_c[None, :], summands[part][1]
         down, product = _load(w.down, place, mask), totals[part]
         total = _load(sums_ptr + stream * D + g * D_G, offs_d, mask_d)[:, None]
         # Not matrix products, which might be taken in TF32.
@@ -462,14 +477,14 @@ def _widths(shared: Shared, most: int = 64) -> tuple[int, int, int]:
     return shared.constants["C"] // shared.constants["GROUPS"], width, chunk(width, most)
 
 
-def _most(size: int, like: Tensor) -> int:
-    """Numbers of a program, or eight times as many in the interpreter, whose time goes by programs."""
-    return 8 * size if like.is_cpu else size
+def _most(numbers: int, size: int, like: Tensor) -> int:
+    """`size`, of a program's tile, or in the interpreter, whose time goes by programs, all numbers up to 8 `size`."""
+    return min(block(numbers), 8 * size) if like.is_cpu else size
 
 
 def _channels_of(shared: Shared, like: Tensor) -> int:
     """Of a program that has whole rows of up."""
-    return min(block(_widths(shared)[0]), _most(16, like))
+    return _most(_widths(shared)[0], 16, like)
 
 
 def _parts(tile: int) -> int:
@@ -487,7 +502,8 @@ def narrow_launch(narrow: Tensor, weights: Sequence[Weights]) -> Launch:
 
 def bn1_launch(bn1: Tensor, parts: Tensor, shared: Shared) -> Launch:
     """parts (streams, n, blocks, 2, D)."""
-    constants = _constants(shared, "D", "BLOCK_N") | {"BLOCK_P": 512, "BLOCK_D": _most(8, bn1), "num_warps": 8}
+    constants = _constants(shared, "D", "BLOCK_N") | {"BLOCK_P": 512, "num_warps": 8}
+    constants["BLOCK_D"] = _most(constants["D"], 8, bn1)
     grid = triton.cdiv(constants["D"], constants["BLOCK_D"]), len(bn1)
     args = bn1, parts, shared.N, bound(parts.shape[1] * parts.shape[2], parts)
     return Launch(_adapter_bn1, grid, args, constants)
@@ -496,8 +512,9 @@ def bn1_launch(bn1: Tensor, parts: Tensor, shared: Shared) -> Launch:
 def covariance_launch(
     mean: Tensor, covariance: Tensor, firsts: Tensor, sums: Tensor, grams: Tensor, R: int, shared: Shared
 ) -> Launch:
-    constants = _constants(shared, "D", "GROUPS") | {"BLOCK_P": 32, "BLOCK": _most(128, mean), "num_warps": 8}
-    grid = triton.cdiv(covariance[0].numel(), constants["BLOCK"]), len(mean)
+    size, constants = covariance[0].numel(), _constants(shared, "D", "GROUPS") | {"BLOCK_P": 32, "num_warps": 8}
+    constants["BLOCK"] = _most(size, 128, mean)
+    grid = triton.cdiv(size, constants["BLOCK"]), len(mean)
     args = mean, covariance, firsts, sums, grams, R, bound(sums.shape[1], sums)
     return Launch(_adapter_covariance, grid, args, constants)
 
@@ -539,7 +556,7 @@ def mixing_launch(shifts: Tensor, mixing: Tensor, found: dict[str, Tensor], R: i
     """found: with BN2's gradients."""
     channels, width, block_d = _widths(shared, 32)
     constants = _constants(shared, "C", "D", "GROUPS", "STREAMS", "EPS")
-    constants |= {"BLOCK_C": chunk(channels, _most(64, mixing)), "BLOCK_D": block_d}
+    constants |= {"BLOCK_C": chunk(channels, _most(channels, 64, mixing)), "BLOCK_D": block_d}
     grid = constants["GROUPS"] * triton.cdiv(width, block_d) ** 2, len(shifts)
     args = shifts, mixing, found["bn2.weight"], found["bn2.bias"], shared.weights, R
     return Launch(_adapter_bwd_mixing, grid, args, constants)
@@ -547,7 +564,8 @@ def mixing_launch(shifts: Tensor, mixing: Tensor, found: dict[str, Tensor], R: i
 
 def bwd_bn1_launch(found: dict[str, Tensor], table: Tensor, rows: Tensor, R: int | None, shared: Shared) -> Launch:
     """found: where BN1's gradients go. R: None where statistics are constants."""
-    constants = _constants(shared, "D", "STREAMS", "EPS") | {"BLOCK_P": 64, "BLOCK_D": _most(16, rows)}
+    constants = _constants(shared, "D", "STREAMS", "EPS") | {"BLOCK_P": 64}
+    constants["BLOCK_D"] = _most(constants["D"], 16, rows)
     grid = triton.cdiv(constants["D"], constants["BLOCK_D"]), len(rows)
     args = found["bn1.weight"], found["bn1.bias"], table, rows, shared.weights, R, bound(rows.shape[1], rows)
     return Launch(_adapter_bwd_bn1, grid, args, constants)
@@ -567,7 +585,7 @@ def products_launch(
     """
     channels, width, block_d = _widths(shared, 32)
     constants = _constants(shared, "C", "D", "GROUPS", "STREAMS")
-    constants |= {"BLOCK_C": chunk(channels, _most(32, sums)), "BLOCK_D": block_d}
+    constants |= {"BLOCK_C": chunk(channels, _most(channels, 32, sums)), "BLOCK_D": block_d}
     constants["BLOCK_P"] = _parts(constants["BLOCK_C"] * block_d * triton.cdiv(width, block_d))
     grid = constants["GROUPS"] * triton.cdiv(channels, constants["BLOCK_C"]), len(sums)
     counts = (bound(0 if t is None else t[0].numel(), sums) for t in (dgates, dgates_av))
@@ -580,6 +598,7 @@ def products_launch(
 def summaries_launch(ds: Tensor, parts: Tensor) -> Launch:
     """ds (streams, n, m, C), parts (streams, n, blocks, m, C) float32."""
     streams, n, blocks, *_ = parts.shape
-    constants = {"SIZE": parts.shape[3:].numel(), "BLOCK_P": 8, "BLOCK": _most(256, ds)}
-    grid = streams * n, triton.cdiv(constants["SIZE"], constants["BLOCK"])
+    size = parts.shape[3:].numel()
+    constants = {"SIZE": size, "BLOCK_P": 8, "BLOCK": _most(size, 256, ds)}
+    grid = streams * n, triton.cdiv(size, constants["BLOCK"])
     return Launch(_adapter_bwd_summaries, grid, (ds, parts, bound(blocks, parts)), constants)
