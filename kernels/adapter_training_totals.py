@@ -32,7 +32,7 @@ from lavish_fast.kernels._weights import Weights
 from lavish_fast.kernels.adapter_training_bwd import Shared, bound
 from torch import Tensor
 
-_PLACES = 4096  # of a program's sums, at most
+_NUMBERS = 4096  # of a program's sums, before they are one
 
 
 @triton.jit
@@ -367,8 +367,11 @@ def _adapter_bwd_bn1(
     rstd, scale = _factors(w.bn1, EPS.bn1, offs, mask)
     table = table_ptr + stream * 5 * D + offs
     tl.store(table, scale, mask=mask)
-    tl.store(table + D, dbias * 0.0 if R is None else dbias / R, mask=mask)
-    tl.store(table + 2 * D, dweight * 0.0 if R is None else dweight / R, mask=mask)
+    average, slope = zeros(2, 1, BLOCK_D)
+    if R is not None:
+        average, slope = dbias / R, dweight / R
+    tl.store(table + D, average, mask=mask)
+    tl.store(table + 2 * D, slope, mask=mask)
     tl.store(table + 3 * D, _load(w.bn1.mean, offs, mask), mask=mask)
     tl.store(table + 4 * D, rstd, mask=mask)
 
@@ -487,9 +490,9 @@ def _channels_of(shared: Shared, like: Tensor) -> int:
     return _most(_widths(shared)[0], 16, like)
 
 
-def _parts(tile: int) -> int:
-    """Those that a program of tiles of so many numbers has in one turn."""
-    return max(1, triton.next_power_of_2(_PLACES // tile + 1) // 2)
+def _at_once(tile: int) -> int:
+    """Parts that a program with a tile of so many numbers adds in one turn."""
+    return max(1, triton.next_power_of_2(_NUMBERS // tile + 1) // 2)
 
 
 def narrow_launch(narrow: Tensor, weights: Sequence[Weights]) -> Launch:
@@ -545,7 +548,7 @@ def bwd_bn2_launch(
     _, width, block_d = _widths(shared)
     constants = _constants(shared, "C", "D", "GROUPS", "STREAMS", "EPS")
     constants |= {"BLOCK_C": _channels_of(shared, rows), "BLOCK_D": block_d}
-    constants["BLOCK_P"] = _parts(constants["BLOCK_C"] * block_d * triton.cdiv(width, block_d))
+    constants["BLOCK_P"] = _at_once(constants["BLOCK_C"] * block_d * triton.cdiv(width, block_d))
     names = "up", "bn2.weight", "bn2.bias", "ln_after.weight", "ln_after.bias"
     args = *(found[name] for name in names), dgates, rows, products, covariance, shared.weights, tuple(gates)
     grid = bwd_bn2_programs(shared, rows), len(rows)
@@ -586,7 +589,7 @@ def products_launch(
     channels, width, block_d = _widths(shared, 32)
     constants = _constants(shared, "C", "D", "GROUPS", "STREAMS")
     constants |= {"BLOCK_C": chunk(channels, _most(channels, 32, sums)), "BLOCK_D": block_d}
-    constants["BLOCK_P"] = _parts(constants["BLOCK_C"] * block_d * triton.cdiv(width, block_d))
+    constants["BLOCK_P"] = _at_once(constants["BLOCK_C"] * block_d * triton.cdiv(width, block_d))
     grid = constants["GROUPS"] * triton.cdiv(channels, constants["BLOCK_C"]), len(sums)
     counts = (bound(0 if t is None else t[0].numel(), sums) for t in (dgates, dgates_av))
     names = "down", "ln_before.weight", "ln_before.bias", "gate", "gate_av"

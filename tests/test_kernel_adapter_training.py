@@ -22,7 +22,15 @@ from lavish_fast.kernels.adapter_training import (
     reasons,
 )
 from lavish_fast.kernels.adapter_training_bwd import shared_out
-from lavish_fast.kernels.adapter_training_totals import products_launch
+from lavish_fast.kernels.adapter_training_totals import (
+    bn1_launch,
+    bwd_bn1_launch,
+    bwd_bn2_launch,
+    bwd_bn2_programs,
+    covariance_launch,
+    products_launch,
+    summaries_launch,
+)
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -466,6 +474,60 @@ def test_statistics_of_means_that_dwarf_the_deviations(groups):
     torch.testing.assert_close(got[1], z.flatten(1).var(0, correction=0), rtol=1e-5, atol=0)
 
 
+def test_sums_of_many_parts():
+    """More than a program adds in one turn, which few tokens do not leave."""
+    step = Step(48).train()
+    w = step.weights()
+    x = draw(2, 1, 69, 48, seed=0)
+    shared = _shared("adapter_training_down", [*x], w, None, EPS, _launch.architecture(x.device))
+    shared = shared._replace(constants=shared.constants | {"BLOCK_N": 16})
+    D, found = 12, _results(x[..., :12], 48, 2)
+
+    def judged(launch, got: Tensor, expected: Tensor, rtol=1e-5):
+        _launch.run([launch], x.device)
+        expected = expected.to(got.dtype)
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+    h = 100 + draw(2, 250, 69, D, seed=1)
+    blocks = [block.double() for block in h.split(16, 2)]
+    parts = torch.stack([torch.stack([b.mean(2), b.var(2, correction=0) * b.shape[2]], 2) for b in blocks], 2).float()
+    bn1 = torch.full((2, 2, D), float("nan"), device=DEVICE)
+    variance = h.double().var((1, 2), correction=0)
+    judged(bn1_launch(bn1, parts, shared), bn1[:, 1], variance, 1e-4)
+    judged(bn1_launch(bn1, parts, shared), bn1[:, 0], h.double().mean((1, 2)), 1e-6)
+
+    firsts, sums, grams = draw(2, D, seed=2), draw(2, 70, D, seed=3), draw(2, 70, 2, 6, 6, seed=4)
+    mean, covariance = torch.empty(2, D, device=DEVICE), torch.empty(2, 2, 6, 6, device=DEVICE)
+    delta = (sums.double().sum(1) / 4000).unflatten(1, (2, 6))
+    expected = grams.double().sum(1) / 4000 - delta[..., None] * delta[..., None, :]
+    given = covariance_launch(mean, covariance, firsts, sums, grams, 4000, shared)
+    judged(given, covariance, expected)
+    judged(given, mean, firsts + delta.flatten(1))
+
+    rows, products = draw(2, 70, 3, 48, seed=5), draw(2, 70, 48, 6, seed=6)
+    dgates = torch.empty(2, bwd_bn2_programs(shared, x), device=DEVICE)
+    given = bwd_bn2_launch(found, dgates, rows, products, None, [v.gate for v in w], shared)
+    judged(given, found["bn2.bias"], rows[:, :, 2].sum(1))
+    scale = torch.stack([v.bn2.weight * (v.bn2.variance + EPS[2]).rsqrt() for v in w])
+    judged(given, found["up"], products.sum(1) * scale[..., None])
+
+    rows, table = draw(2, 140, 2, D, seed=7), torch.empty(2, 5, D, device=DEVICE)
+    given = bwd_bn1_launch(found, table, rows, 4000, shared)
+    judged(given, found["bn1.bias"], rows[:, :, 1].sum(1))
+    judged(given, table[:, 2], rows[:, :, 0].sum(1) / 4000)
+
+    products, gates = [draw(2 * 70, 6, 24, seed=8 + i) for i in range(2)], draw(2, 3000, seed=10)
+    found |= {name: torch.empty(2, 1, device=DEVICE) for name in ("gate", "gate_av")}
+    given = products_launch(found, products, torch.zeros(2, D, device=DEVICE), gates, gates, shared)
+    whole = torch.cat([p.unflatten(0, (2, 70)).sum(1) for p in products], 1)
+    weight = torch.stack([v.ln_before.weight for v in w]).view(2, 2, 1, 24).expand(-1, -1, 6, -1).flatten(1, 2)
+    judged(given, found["down"], whole * weight)
+    judged(given, found["gate"], gates.sum(1, keepdim=True))
+
+    parts, ds = draw(2, 3, 19, 2, 48, seed=11), torch.empty(2, 3, 2, 48, device=DEVICE)
+    judged(summaries_launch(ds, parts), ds, parts.sum(2))
+
+
 @pytest.mark.parametrize("case", ["large mean", "sharp softmax", "silent branch", "zero"])
 def test_extremes(case):
     step = Step(64, streams=1)
@@ -634,4 +696,5 @@ def test_build():
     without = "float16 384 groups 1 norms none", "bfloat16 768 statistics running"
     # Two registers: of _adapter_bwd_down with the paper's second setting; of _adapter_bwd_mid on sm_90, at any count.
     spills = {"bfloat16 768 reduction 4 latents 16": 8, "bfloat16 768 statistics running": 8}
-    assert_built("adapter_training", spills, *(("_adapter_bwd_mid", case) for case in without))
+    kernels = "_adapter_bwd_mid", "_adapter_bwd_bn2"
+    assert_built("adapter_training", spills, *itertools.product(kernels, without))
