@@ -1,14 +1,15 @@
 """What kernels/adapter_training.py's programs leave is added up, and what follows from the sums alone is computed.
 
 Between two of the large kernels stands one of these, for both streams in one launch: as separate sums, products and
-copies it would be some 80 launches of 2 to 5 us for a step's forward and backward. R tokens of a stream, G groups.
+copies it would be some 90 launches of 2 to 5 us for a step's forward and backward. R tokens of a stream, G groups.
 
 _adapter_narrow: down and up in the streams' type.
 _adapter_bn1: BN1's mean and biased variance of R tokens, from those of blocks of tokens (Chan et al.).
 _adapter_covariance: a's mean m = a₀ + d and covariance K = gram / R - d dᵀ, d the mean of a - a₀.
 _adapter_bn2: BN2's, for each channel up_c m and up_c K up_cᵀ.
 _adapter_bwd_bn2: with P the sums of dz1ᵀ (a - m), c = weight / σ: dweight = Σ_d up P / σ, dbias = Σ dz1, and
-dup = c (P - dweight / σ · up K); LN_after's gradients.
+dup = c (P - dweight / σ · up K); where statistics are constants, P is the sum of dz1ᵀ a, dup = c P and
+dweight = (Σ_d up P - mean dbias) / σ. LN_after's gradients, and parts of the gate's.
 _adapter_bwd_mixing: what _adapter_bwd_mid takes, upᵀ diag(c dweight / σ R) up and upᵀ c dbias / R.
 _adapter_bwd_bn1: BN1's gradients, and with them what _adapter_bwd_down takes.
 _adapter_bwd_products: from dhᵀ x̂ and the sums of dh the gradients of down and LN_before; those of the gates.
