@@ -8,9 +8,10 @@ tokens, or by the running ones, constants then. The post-norm is frozen and has 
 
 Forward: `_adapter_down`, a program for BLOCK_N tokens of one image of one stream, holds their rows whole as the
 evaluation's kernel does, and leaves h and the mean and squared deviations of its tokens' h, as float32 has them before
-rounding; torch merges those (Chan et al.). BN2's statistics come without z0, which is linear in a: `_adapter_gram` sums
-the products of a - a₀, a₀ the first token's, of which torch makes a's mean m and covariance K; the mean of z0 is up m
-and its variance up_c K up_cᵀ for each channel. `_adapter_up` goes on from h: up, BN2, LN_after and the sum.
+rounding. BN2's statistics come without z0, which is linear in a: `_adapter_gram` sums the products of a - a₀, a₀ the
+first token's, which give a's mean m and covariance K; the mean of z0 is up m and its variance up_c K up_cᵀ for each
+channel. `_adapter_up` goes on from h: up, BN2, LN_after and the sum. Small kernels of ..._totals.py add up what the
+programs leave and make the statistics of it.
 
 Saved for the backward, bytes a token in 16 bits: X, 2 C; B where it has a post-norm, 2 C; h, 2 D. Beside them S, 2 C
 bytes a latent, in float32 the batch's statistics, m and K, and the parameters. gather_latents saves the same X; B,
@@ -21,7 +22,7 @@ Bytes a token in 16 bits: X twice, B, out: 8 C, and 6 D for h. FLOPs: 4 C D / G 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,18 @@ from lavish_fast.kernels.adapter_training_bwd import (
     shared_out,
     sums_launch,
     up_launch,
+)
+from lavish_fast.kernels.adapter_training_totals import (
+    bn1_launch,
+    bn2_launch,
+    bwd_bn1_launch,
+    bwd_bn2_launch,
+    bwd_bn2_programs,
+    covariance_launch,
+    mixing_launch,
+    narrow_launch,
+    products_launch,
+    summaries_launch,
 )
 from torch import Tensor
 
@@ -313,67 +326,20 @@ def _up_launch(
     return shared.launch(_adapter_up, args)
 
 
-def _merged(parts: Tensor, shared: Shared) -> Tensor:
-    """Mean and biased variance (streams, 2, D) of all tokens, from those of programs (streams, n, blocks, 2, D)."""
-    counts = step = shared.constants["BLOCK_N"]
-    if shared.N % step:
-        counts = (shared.N - step * torch.arange(shared.blocks, device=parts.device)).clamp_max(step)[:, None]
-    means, squares = parts.unbind(3)
-    R = shared.images * shared.N
-    mean = (means * counts).sum((1, 2)) / R
-    deviation = means - mean[:, None, None]
-    return torch.stack((mean, (squares + counts * deviation * deviation).sum((1, 2)) / R), 1)
+def _weight_gradients(d: Tensor, x: Tensor, groups: int) -> list[Tensor]:
+    """dᵀ x over tokens, d (streams, n, N, G p), x (streams, n, N, G q): of each group (streams * parts, p, q), float32.
 
-
-def _covariance(h: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
-    """The mean m (streams, D) and covariance (streams, G, D / G, D / G) of a, float32; h (streams, R, D)."""
-    streams, R, D = h.shape
-    groups, programs = shared.constants["GROUPS"], triton.cdiv(R, shared_out(R))
-    firsts, sums, grams = (
-        h.new_empty(streams, *shape, dtype=torch.float32)
-        for shape in ((D,), (programs, D), (programs, groups, D // groups, D // groups))
-    )
-    _launch.run([_gram_launch(firsts, sums, grams, h, shared)], h.device)
-    delta = sums.sum(1) / R
-    by_group = delta.unflatten(1, (groups, -1))
-    return firsts + delta, grams.sum(1) / R - by_group.unsqueeze(-1) * by_group.unsqueeze(-2)
-
-
-def _stacked(tensors: Iterable[Tensor]) -> Tensor:
-    """Of the streams, float32: what is made of it takes as many launches for two as for one."""
-    return torch.stack(list(tensors)).float()
-
-
-def _stacked_up(weights: Sequence[Weights], groups: int) -> Tensor:
-    """up (streams, G, C / G, D / G), float32."""
-    return _stacked(w.up for w in weights).unflatten(1, (groups, -1))
-
-
-def _raised(mean: Tensor, covariance: Tensor, up: Tensor) -> Tensor:
-    """Statistics (streams, 2, C) of up(a)."""
-    groups = up.shape[1]
-    # Not a matrix product, which might be taken in TF32.
-    raised = (up * mean.unflatten(1, (groups, 1, -1))).sum(-1)
-    variance = ((up @ covariance) * up).sum(-1).clamp_min(0)
-    return torch.stack((raised, variance), 1).flatten(2)
-
-
-def _weight_gradients(d: Tensor, x: Tensor, groups: int) -> Tensor:
-    """dᵀ x over each stream's tokens by group: d (streams, n, N, G p), x (streams, n, N, G q) -> (streams, G, p, q).
-
-    float32. The sum is long and the result small, so that its tokens are split into products of some thousand: one
-    product would have a few programs of a card walk through all of them. Groups that do not begin at 16 bytes, which
-    slows every load, are multiplied with one another too, and what they have in common is left out.
+    The sum is long and the result small, so that its tokens are split into products of some thousand, yet to be added
+    up: one product would have a few programs of a card walk through all of them. Groups that do not begin at 16 bytes,
+    which slows every load, are multiplied with one another too, and what they have in common is left out.
     """
     streams, n, N = x.shape[:3]
     parts = _parts(n, N)
     d, x = (t.reshape(streams * parts, n // parts * N, t.shape[3]) for t in (d, x))
     if any(t.shape[2] // groups % 8 for t in (d, x)):
-        whole = _products(d.mT, x).unflatten(0, (streams, parts)).sum(1)
-        whole = whole.unflatten(2, (groups, -1)).unflatten(1, (groups, -1))  # (streams, G, p, G, q)
-        return torch.stack([whole[:, g, :, g] for g in range(groups)], 1)
-    by_group = [_products(p.mT, q) for p, q in zip(d.chunk(groups, 2), x.chunk(groups, 2))]
-    return torch.stack([product.unflatten(0, (streams, parts)).sum(1) for product in by_group], 1)
+        whole = _products(d.mT, x).unflatten(2, (groups, -1)).unflatten(1, (groups, -1))  # (parts, G, p, G, q)
+        return [whole[:, g, :, g] for g in range(groups)]
+    return [_products(p.mT, q) for p, q in zip(d.chunk(groups, 2), x.chunk(groups, 2))]
 
 
 def _parts(n: int, N: int) -> int:
@@ -389,7 +355,11 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _narrowed(weights: Sequence[Weights], dtype: torch.dtype) -> list[Weights]:
-    return [w._replace(down=w.down.to(dtype), up=w.up.to(dtype)) for w in weights]
+    if all(product.dtype == dtype for w in weights for product in (w.down, w.up)):
+        return list(weights)
+    narrow = weights[0].down.new_empty(len(weights), 2, weights[0].down.numel(), dtype=dtype)
+    _launch.run([narrow_launch(narrow, weights)], narrow.device)
+    return [w._replace(down=n[0].view_as(w.down), up=n[1].view_as(w.up)) for w, n in zip(weights, narrow)]
 
 
 def _with(weights: Sequence[Weights], name: str, statistics: Tensor) -> list[Weights]:
@@ -400,10 +370,31 @@ def _with(weights: Sequence[Weights], name: str, statistics: Tensor) -> list[Wei
     return [w._replace(**{name: norm}) for w, norm in zip(weights, norms)]
 
 
+def _bn2(h: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
+    """BN2's statistics (streams, 2, C), and a's mean (streams, D) and covariance (streams, G, D / G, D / G), float32.
+
+    h (streams, R, D).
+    """
+    R, C, D, groups = h.shape[1], *(shared.constants[name] for name in ("C", "D", "GROUPS"))
+    programs = triton.cdiv(R, shared_out(R))
+    square = groups, D // groups, D // groups
+    bn2, mean, covariance, firsts, sums, grams = (
+        h.new_empty(len(h), *shape, dtype=torch.float32)
+        for shape in ((2, C), (D,), square, (D,), (programs, D), (programs, *square))
+    )
+    launches = [
+        _gram_launch(firsts, sums, grams, h, shared),
+        covariance_launch(mean, covariance, firsts, sums, grams, R, shared),
+        bn2_launch(bn2, mean, covariance, shared),
+    ]
+    _launch.run(launches, h.device)
+    return bn2, mean, covariance
+
+
 def _forward(xs, branches, summaries, given, post_norm, eps, batch_statistics):
     streams, (n, N, C) = len(xs), xs[0].shape
     weights = _narrowed(given, xs[0].dtype)
-    D, channels = weights[0].down.shape
+    D = len(weights[0].down)
     out, h = xs[0].new_empty(streams, n, N, C), xs[0].new_empty(streams, n, N, D)
     architecture = _launch.architecture(out.device)
     norms = post_norm, eps, architecture
@@ -412,11 +403,12 @@ def _forward(xs, branches, summaries, given, post_norm, eps, batch_statistics):
     _launch.run([_down_launch(h, parts, xs, summaries, [w.gate_av for w in weights], shared)], h.device)
     bn1, bn2, mean, covariance = (parts.new_empty(streams, *shape) for shape in _STATISTICS)
     if batch_statistics and weights[0].bn1 is not None:
-        bn1 = _merged(parts, shared)
+        bn1 = parts.new_empty(streams, 2, D)
+        _launch.run([bn1_launch(bn1, parts, shared)], h.device)
         weights = _with(weights, "bn1", bn1)
     if batch_statistics and weights[0].bn2 is not None:
-        mean, covariance = _covariance(h.flatten(1, 2), _shared("adapter_training_down", xs, weights, *norms))
-        bn2 = _raised(mean, covariance, _stacked_up(weights, C // channels))
+        shared = _shared("adapter_training_down", xs, weights, *norms)
+        bn2, mean, covariance = _bn2(h.flatten(1, 2), shared)
         weights = _with(weights, "bn2", bn2)
     shared = _shared("adapter_training_up", xs, weights, *norms)
     _launch.run([_up_launch(out, h, xs, branches, [w.gate for w in weights], post_norm, shared)], h.device)
@@ -426,18 +418,12 @@ def _forward(xs, branches, summaries, given, post_norm, eps, batch_statistics):
 _STATISTICS = (2, 0), (2, 0), (0,), (0, 0, 0)  # of each stream, where they are not the batch's
 
 
-def _factors(norms: Sequence[BatchNorm | None], batch: Tensor, eps: float, like: Tensor) -> Sequence[Tensor]:
-    """BatchNorms' 1 / deviation, that times their weight, and their means, of the shape and type of `like`.
-
-    batch: the batch's statistics (streams, 2, width), empty where the running ones count. like: (streams, width).
-    """
-    if norms[0] is None:
-        return (torch.ones_like(like),) * 2 + (torch.zeros_like(like),)
-    running = (_stacked(getattr(norm, name) for norm in norms) for name in ("mean", "variance"))
-    mean, variance = batch.unbind(1) if batch.shape[-1] else running
-    rstd = (variance + eps).rsqrt()
-    scale = rstd if norms[0].weight is None else rstd * _stacked(norm.weight for norm in norms)
-    return rstd, scale, mean
+def _results(h: Tensor, C: int, groups: int) -> dict[str, Tensor]:
+    """Where the gradients of products and norms go, of all streams, by name, those of absent norms too."""
+    D = h.shape[-1]
+    shapes = {"down": (D, C // groups), "up": (C, D // groups)}
+    shapes |= {f"{name}.{part}": (D if name == "bn1" else C,) for name in NORMS for part in Norm._fields}
+    return {name: h.new_empty(len(h), *shape, dtype=torch.float32) for name, shape in shapes.items()}
 
 
 def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean, covariance, eps, batch_statistics):
@@ -448,79 +434,50 @@ def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean
     norms = post_norm, eps, _launch.architecture(h.device)
     shared = _shared("adapter_training_bwd_up", xs, weights, *norms)
     flat = h.flatten(1, 2)
-    means = mean if batch_statistics and weights[0].bn2 is not None else None
+    by_batch = batch_statistics and weights[0].bn2 is not None
 
     def rows(*shape: int) -> Tensor:
         return h.new_empty(*shape, dtype=torch.float32)
 
+    found = _results(h, C, groups)
     dz, da = h.new_empty(streams, n, N, C), rows(*h.shape)
     after = None if weights[0].ln_after is None else rows(streams, n, N, 2)
     db = None if post_norm is None else torch.empty_like(dz)
-    gates = [w.gate for w in weights]
-    if post_norm is not None:
-        _launch.run([branch_launch(db, dout, branches, post_norm, shared)], h.device)
-    _launch.run([up_launch(dz, da, after, h, dout, gates, shared)], h.device)
+    gates, dgates = [w.gate for w in weights], None
+    if any(gate is not None for gate in gates):
+        found["gate"], dgates = rows(streams, 1), rows(streams, bwd_bn2_programs(shared, h))
     programs = shared.sharers(h.element_size())
-    sums, dup = rows(streams, programs, 3, C), rows(streams, programs, C, D // groups)
-    _launch.run([sums_launch(sums, dup, dz, after, h, dout, means, shared)], h.device)
-    sums, dup, up = sums.sum(1), dup.sum(1).unflatten(1, (groups, -1)), _stacked_up(weights, groups)
-    rstd, scale, bn2_mean = _factors([w.bn2 for w in weights], bn2, eps[2], sums[:, 2])
-    # The sum of dz1 (z0 - mean): where a was centred, so is z0. Not a matrix product, which might be taken in TF32.
-    slope = (up * dup).sum(-1).flatten(1)
-    slope = rstd * (slope - bn2_mean * sums[:, 2] if means is None else slope)
-    of_channels = scale, rstd * slope, scale * sums[:, 2] / R
-    scales, slopes, shifts = (t.unflatten(1, (groups, -1)).unsqueeze(-1) for t in of_channels)
-    mixing = None
-    if means is not None:
-        mixing = (up.mT @ (up * (scales * slopes / R))).contiguous()
-        dup -= slopes * (up @ covariance)
-    shifts = (up * shifts).sum(2).flatten(1)
-    found = {"up": (dup * scales).flatten(1, 2)}
+    sums, products = rows(streams, programs, 3, C), rows(streams, programs, C, D // groups)
+    means, matrix, shifts, mixing = None, None, None, None
+    if by_batch:
+        means, matrix, shifts, mixing = mean, covariance, torch.empty_like(mean), torch.empty_like(covariance)
     narrow = rows(streams, triton.cdiv(R, shared_out(R)), 2, D)
-    _launch.run([mid_launch(da.flatten(1, 2), narrow, flat, means, shifts, mixing, shared)], h.device)
+    table = None if weights[0].bn1 is None else rows(streams, 5, D)
+    launches = [
+        *([] if post_norm is None else [branch_launch(db, dout, branches, post_norm, shared)]),
+        up_launch(dz, da, after, h, dout, gates, shared),
+        sums_launch(sums, products, dz, after, h, dout, means, shared),
+        bwd_bn2_launch(found, dgates, sums, products, matrix, gates, shared),
+        *([mixing_launch(shifts, mixing, found, R, shared)] if by_batch else []),
+        mid_launch(da.flatten(1, 2), narrow, flat, means, shifts, mixing, shared),
+        *([] if table is None else [bwd_bn1_launch(found, table, narrow, R if batch_statistics else None, shared)]),
+    ]
+    _launch.run(launches, h.device)
 
-    table, (dweight, dbias) = None, (part.sum(1) for part in narrow.unbind(2))
-    if weights[0].bn1 is not None:
-        first, factor, first_mean = _factors([w.bn1 for w in weights], bn1, eps[1], dbias)
-        averages = (dbias / R, dweight / R) if batch_statistics else [torch.zeros_like(factor)] * 2
-        table = torch.stack((factor, *averages, first_mean, first), 1)
     # dz has served: its memory takes X', whitened.
-    dx, xhat, dh, ds, dgate_av = torch.empty_like(dz), dz, torch.empty_like(h), None, None
-    shared = _shared("adapter_training_bwd_down", xs, weights, *norms)
+    dx, xhat, dh, ds, parts, dgates_av = torch.empty_like(dz), dz, torch.empty_like(h), None, None, None
+    down_shared = _shared("adapter_training_bwd_down", xs, weights, *norms)
     if summaries is not None:
-        grid = streams, n, shared.blocks
-        ds, dgate_av = rows(*grid, summaries.shape[2], C), rows(*grid, 1)
+        grid = streams, n, down_shared.blocks
+        ds, parts, dgates_av = h.new_empty(summaries.shape), rows(*grid, summaries.shape[2], C), rows(*grid, 1)
+        found["gate_av"] = rows(streams, 1)
     gates_av = [w.gate_av for w in weights]
-    tensors_ = dx, xhat, dh, ds, dgate_av, da, h, table, dout, xs, summaries, gates_av
-    _launch.run([down_launch(*tensors_, shared)], h.device)
-    norms, gate = [w.ln_after or Norm() for w in weights], 1.0
-    if any(g is not None for g in gates):
-        gate = _stacked(sums.new_ones(1) if g is None else g for g in gates)
-    dgate = sums[:, 0] if norms[0].weight is None else sums[:, 0] * _stacked(norm.weight for norm in norms)
-    dgate = dgate if norms[0].bias is None else dgate + sums[:, 1] * _stacked(norm.bias for norm in norms)
-    found |= {"gate": dgate.sum(1, keepdim=True), "bn1.weight": dweight, "bn1.bias": dbias}
-    found |= {"bn2.weight": slope, "bn2.bias": sums[:, 2].clone()}
-    found |= {"ln_after.weight": gate * sums[:, 0], "ln_after.bias": gate * sums[:, 1]}
-    found |= _through_ln_before(weights, _weight_gradients(dh, xhat, groups), dh.sum((1, 2), dtype=torch.float32))
-    found |= {} if dgate_av is None else {"gate_av": dgate_av.sum((1, 2))}
-    return dx, db, None if ds is None else ds.sum(2).to(h.dtype), found
-
-
-def _through_ln_before(weights: Sequence[Weights], product: Tensor, total: Tensor) -> dict[str, Tensor]:
-    """The gradients of down and LN_before, u = x̂ weight + bias, of all streams, from dhᵀ x̂ and the sum of dh.
-
-    product (streams, G, D / G, C / G), total (streams, D).
-    """
-    total = total.view(*product.shape[:3], 1)
-    down = _stacked(w.down for w in weights).view_as(product)
-    # Not matrix products, which might be taken in TF32.
-    found = {"ln_before.weight": (down * product).sum(2).flatten(1), "ln_before.bias": (down * total).sum(2).flatten(1)}
-    norms, (groups, _, channels) = [w.ln_before or Norm() for w in weights], product.shape[1:]
-    if norms[0].weight is not None:
-        product = product * _stacked(norm.weight for norm in norms).view(-1, groups, 1, channels)
-    if norms[0].bias is not None:
-        product = product + total * _stacked(norm.bias for norm in norms).view(-1, groups, 1, channels)
-    return found | {"down": product.flatten(1, 2)}
+    tensors_ = dx, xhat, dh, parts, dgates_av, da, h, table, dout, xs, summaries, gates_av
+    _launch.run([down_launch(*tensors_, down_shared)], h.device)
+    of_down = _weight_gradients(dh, xhat, groups), dh.sum((1, 2), dtype=torch.float32)
+    launches = [] if ds is None else [summaries_launch(ds, parts)]
+    _launch.run([*launches, products_launch(found, *of_down, dgates, dgates_av, shared)], h.device)
+    return dx, db, ds, found
 
 
 def reasons(
@@ -757,26 +714,38 @@ def _build(
     if norms == "none":
         w = w._replace(**dict.fromkeys(NORMS))
         norm = None
+    in_float32 = [w._replace(down=wide(*down.shape), up=wide(*up.shape))] * 2
     xs, out, h = [empty(n, N, width)] * 2, empty(2, n, N, width), empty(2, n, N, D)
-    summaries, covariance = empty(2, n, latents, width), wide(2, groups, D // groups, D // groups)
+    summaries, square = empty(2, n, latents, width), (groups, D // groups, D // groups)
     given = xs, [w, w], norm, (1e-5,) * 5, architecture
     first, second, shared, last = (_shared(op, *given) for op in _tuning.ADAPTER_TRAINING)
-    grid, gates, flat = (2, n, last.blocks), [gate] * 2, h.flatten(1, 2)
-    after = None if norm is None else wide(2, n, N, 2)
-    batch = (None,) * 3 if norm is None or statistics == "running" else (wide(2, D), wide(2, D), covariance)
-    table = None if norm is None else wide(2, 5, D)
+    gates, flat, found = [gate] * 2, h.flatten(1, 2), _results(h, width, groups)
+    found |= {"gate": wide(2, 1), "gate_av": wide(2, 1)}
+    after, table = (None, None) if norm is None else (wide(2, n, N, 2), wide(2, 5, D))
+    mean, covariance = wide(2, D), wide(2, *square)
+    by_batch = norm is not None and statistics == "batch"
+    of_batch = (mean, wide(2, D), covariance) if by_batch else (None,) * 3
+    R, grams = n * N, (wide(2, D), wide(2, 8, D), wide(2, 8, *square))
+    parts, sums, narrow = wide(2, n, first.blocks, 2, D), wide(2, 4, 3, width), wide(2, 8, 2, D)
+    products, dgates = wide(2, 4, width, D // groups), wide(2, bwd_bn2_programs(shared, h))
+    ds, dgates_av = wide(2, n, last.blocks, latents, width), wide(2, n, last.blocks, 1)
+    of_down = [wide(8, D // groups, width // groups)] * groups
     return [
-        _down_launch(h, wide(2, n, first.blocks, 2, D), xs, summaries, gates, first),
-        _gram_launch(wide(2, D), wide(2, 8, D), wide(2, 8, *covariance.shape[1:]), flat, first),
+        *([] if dtype == torch.float32 else [narrow_launch(empty(2, 2, down.numel()), in_float32)]),
+        _down_launch(h, parts, xs, summaries, gates, first),
+        _gram_launch(*grams, flat, first),
+        *([bn1_launch(wide(2, 2, D), parts, first)] if by_batch else []),
+        *([covariance_launch(mean, covariance, *grams, R, first)] if by_batch else []),
+        *([bn2_launch(wide(2, 2, width), mean, covariance, first)] if by_batch else []),
         _up_launch(out, h, xs, xs, gates, norm, second),
         *([] if norm is None else [branch_launch(out, out, xs, norm, shared)]),
         up_launch(out, wide(*h.shape), after, h, out, gates, shared),
-        sums_launch(
-            *(wide(2, 4, 3, width), wide(2, 4, width, D // groups), out, after, h, out, batch[0], shared),
-        ),
-        mid_launch(wide(*flat.shape), wide(2, 8, 2, D), flat, *batch, shared),
-        down_launch(
-            *(out, out, h, wide(*grid, latents, width), wide(*grid, 1), wide(*h.shape)),
-            *(h, table, out, xs, summaries, gates, last),
-        ),
+        sums_launch(sums, products, out, after, h, out, of_batch[0], shared),
+        bwd_bn2_launch(found, dgates, sums, products, of_batch[2], gates, shared),
+        *([mixing_launch(of_batch[1], covariance, found, R, shared)] if by_batch else []),
+        mid_launch(wide(*flat.shape), narrow, flat, *of_batch, shared),
+        *([] if norm is None else [bwd_bn1_launch(found, table, narrow, R if by_batch else None, shared)]),
+        down_launch(out, out, h, ds, dgates_av, wide(*h.shape), h, table, out, xs, summaries, gates, last),
+        summaries_launch(summaries, ds),
+        products_launch(found, of_down, mean, dgates, dgates_av, shared),
     ]

@@ -7,14 +7,15 @@ some hundred.
 _adapter_bwd_branch: from the branch B and dout to dB, through the post-norm.
 _adapter_bwd_up: from h and dout to dz1, the gradient of BN2's output, to dz1 V, V being up with BN2's factors in its
 rows: what ReLU's output would get if BN2's statistics were constants; and each token's statistics in LN_after.
-_adapter_bwd_sums: what is summed over tokens of rows of C: LN_after's gradients, dz1 and dz1ᵀ (a - m), of which torch
-makes the gradients of up and BN2.
+_adapter_bwd_sums: what is summed over tokens of rows of C: LN_after's gradients, dz1 and dz1ᵀ (a - m), which give the
+gradients of up and BN2.
 _adapter_bwd_mid: what BN2's statistics give back is a product of D / G x D / G with a; then ReLU, and the sums that
 BN1's backward takes.
-_adapter_bwd_down: from X, S and that gradient through BN1 and down to dX, dS, dh and X' whitened, x̂. Of dhᵀ x̂ and
-the sum of dh torch makes the gradients of down and LN_before.
+_adapter_bwd_down: from X, S and that gradient through BN1 and down to dX, dS, dh and X' whitened, x̂. dhᵀ x̂, a
+product of torch's, and the sum of dh give the gradients of down and LN_before. What programs leave is added up by the
+kernels of ..._totals.py.
 
-float32: statistics, norms, softmax and its gradient's sums, the rows that programs leave for torch to add up, and all
+float32: statistics, norms, softmax and its gradient's sums, the rows that programs leave to be added up, and all
 of the bottleneck. Rounded to the streams' type: what goes into products, dz1, dh, a - m, x̂, dX, dB, dS.
 Recomputed: a and z twice, P, X' and the statistics of its tokens; read: X, B, h and BatchNorms' statistics.
 
@@ -623,7 +624,7 @@ class Shared(NamedTuple):
         thousand at most, which fills a card a few times."""
         groups, R = self.constants["GROUPS"], self.images * self.N
         tiles = groups * triton.cdiv(self.constants["C"] // groups, 128 // itemsize)
-        return triton.cdiv(R, shared_out(R, max(1024 // (tiles * self.constants["STREAMS"]), 1)))
+        return triton.cdiv(R, shared_out(R, 1024 // (tiles * self.constants["STREAMS"])))
 
     def launch(self, kernel: Any, args: tuple, **constants: int) -> _launch.Launch:
         """A program for each block of tokens."""
@@ -657,7 +658,7 @@ def up_launch(
 
 def shared_out(R: int, sharers: int = SHARERS) -> int:
     """Tokens of a program of those, `sharers` at most, that share a stream's R."""
-    return TOKENS * triton.cdiv(max(triton.cdiv(R, sharers), 1), TOKENS)
+    return TOKENS * triton.cdiv(max(triton.cdiv(R, max(sharers, 1)), 1), TOKENS)
 
 
 def bound(tokens: int, like: Tensor) -> int | tl.constexpr:
@@ -682,6 +683,8 @@ def sums_launch(
     size, narrow = dz.element_size(), width <= 64
     # BLOCK_D below CHUNK: see `up_launch`. Products of float32 take three times the registers.
     constants |= {"BLOCK_R": 64 // size, "CHUNK": 128 // size, "BLOCK_D": 16 if width <= 16 or size == 4 else 32}
+    if h.is_cpu:  # the interpreter, whose time goes by turns
+        constants["BLOCK_R"] = TOKENS
     constants |= {"num_warps": 8, "num_stages": 1 if size == 4 else 3 if narrow else 2}
     constants["maxnreg"] = 128 if size == 2 and narrow else None
     grid = rows.shape[1], constants["GROUPS"] * triton.cdiv(channels, constants["CHUNK"]), len(rows)

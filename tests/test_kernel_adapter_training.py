@@ -13,16 +13,24 @@ from lavish_fast.kernels._weights import Weights
 from lavish_fast.kernels.adapter_training import (
     _adapter_training,
     _adapter_training_backward,
-    _covariance,
+    _bn2,
     _parts,
-    _raised,
+    _results,
     _shared,
-    _stacked_up,
     _weight_gradients,
     adapter_training,
     reasons,
 )
 from lavish_fast.kernels.adapter_training_bwd import shared_out
+from lavish_fast.kernels.adapter_training_totals import (
+    bn1_launch,
+    bwd_bn1_launch,
+    bwd_bn2_launch,
+    bwd_bn2_programs,
+    covariance_launch,
+    products_launch,
+    summaries_launch,
+)
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -222,7 +230,13 @@ def test_every_stage_in_full(width, tokens, options, dtype, batch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_weights_in_parts(n, tokens, widths, groups, dtype):
     d, x = (draw(2, n, tokens, groups * width, seed=width, dtype=dtype) for width in widths)
-    got = _weight_gradients(d, x, groups)
+    # Without LN_before that is all that down's gradient is.
+    D, C = d.shape[-1], x.shape[-1]
+    w = Weights(None, None, d.new_zeros(D, C // groups), None, d.new_zeros(C, D // groups), None, None, None)
+    shared = _shared("adapter_training_down", [*x], [w, w], None, EPS, _launch.architecture(x.device))
+    found, sums = _results(d, C, groups), torch.zeros(2, D, device=DEVICE)
+    _launch.run([products_launch(found, _weight_gradients(d, x, groups), sums, None, None, shared)], x.device)
+    got = found["down"].unflatten(1, (groups, -1))
     by_group = (t.double().flatten(1, 2).unflatten(2, (groups, -1)) for t in (d, x))
     expected = torch.einsum("srgp,srgq->sgpq", *by_group)
     assert got.dtype == torch.float32
@@ -462,10 +476,63 @@ def test_statistics_of_means_that_dwarf_the_deviations(groups):
     w = Weights(None, None, a.new_empty(32, 64 // groups), None, up, None, None, None)
     x = a.new_empty(1, 500, 64)
     shared = _shared("adapter_training_down", [x], [w], None, EPS, _launch.architecture(a.device))
-    mean, covariance = _covariance(a[None], shared)
-    got = _raised(mean, covariance, _stacked_up([w], groups))[0].double()
+    got = _bn2(a[None], shared)[0][0].double()
     torch.testing.assert_close(got[0], z.flatten(1).mean(0), rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(got[1], z.flatten(1).var(0, correction=0), rtol=1e-5, atol=0)
+
+
+def test_sums_of_many_parts():
+    """More than a program adds in one turn, which few tokens do not leave."""
+    step = Step(48).train()
+    w = step.weights()
+    x = draw(2, 1, 69, 48, seed=0)
+    shared = _shared("adapter_training_down", [*x], w, None, EPS, _launch.architecture(x.device))
+    shared = shared._replace(constants=shared.constants | {"BLOCK_N": 16})
+    D, found = 12, _results(x[..., :12], 48, 2)
+
+    def judged(launch, got: Tensor, expected: Tensor, rtol=1e-5):
+        _launch.run([launch], x.device)
+        expected = expected.to(got.dtype)
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+    h = 100 + draw(2, 250, 69, D, seed=1)
+    blocks = [block.double() for block in h.split(16, 2)]
+    parts = torch.stack([torch.stack([b.mean(2), b.var(2, correction=0) * b.shape[2]], 2) for b in blocks], 2).float()
+    bn1 = torch.full((2, 2, D), float("nan"), device=DEVICE)
+    variance = h.double().var((1, 2), correction=0)
+    judged(bn1_launch(bn1, parts, shared), bn1[:, 1], variance, 1e-4)
+    judged(bn1_launch(bn1, parts, shared), bn1[:, 0], h.double().mean((1, 2)), 1e-6)
+
+    firsts, sums, grams = draw(2, D, seed=2), draw(2, 70, D, seed=3), draw(2, 70, 2, 6, 6, seed=4)
+    mean, covariance = torch.empty(2, D, device=DEVICE), torch.empty(2, 2, 6, 6, device=DEVICE)
+    delta = (sums.double().sum(1) / 4000).unflatten(1, (2, 6))
+    expected = grams.double().sum(1) / 4000 - delta[..., None] * delta[..., None, :]
+    given = covariance_launch(mean, covariance, firsts, sums, grams, 4000, shared)
+    judged(given, covariance, expected)
+    judged(given, mean, firsts + delta.flatten(1))
+
+    rows, products = draw(2, 70, 3, 48, seed=5), draw(2, 70, 48, 6, seed=6)
+    dgates = torch.empty(2, bwd_bn2_programs(shared, x), device=DEVICE)
+    given = bwd_bn2_launch(found, dgates, rows, products, None, [v.gate for v in w], shared)
+    judged(given, found["bn2.bias"], rows[:, :, 2].sum(1))
+    scale = torch.stack([v.bn2.weight * (v.bn2.variance + EPS[2]).rsqrt() for v in w])
+    judged(given, found["up"], products.sum(1) * scale[..., None])
+
+    rows, table = draw(2, 140, 2, D, seed=7), torch.empty(2, 5, D, device=DEVICE)
+    given = bwd_bn1_launch(found, table, rows, 4000, shared)
+    judged(given, found["bn1.bias"], rows[:, :, 1].sum(1))
+    judged(given, table[:, 2], rows[:, :, 0].sum(1) / 4000)
+
+    products, gates = [draw(2 * 70, 6, 24, seed=8 + i) for i in range(2)], draw(2, 3000, seed=10)
+    found |= {name: torch.empty(2, 1, device=DEVICE) for name in ("gate", "gate_av")}
+    given = products_launch(found, products, torch.zeros(2, D, device=DEVICE), gates, gates, shared)
+    whole = torch.cat([p.unflatten(0, (2, 70)).sum(1) for p in products], 1)
+    weight = torch.stack([v.ln_before.weight for v in w]).view(2, 2, 1, 24).expand(-1, -1, 6, -1).flatten(1, 2)
+    judged(given, found["down"], whole * weight)
+    judged(given, found["gate"], gates.sum(1, keepdim=True))
+
+    parts, ds = draw(2, 3, 19, 2, 48, seed=11), torch.empty(2, 3, 2, 48, device=DEVICE)
+    judged(summaries_launch(ds, parts), ds, parts.sum(2))
 
 
 @pytest.mark.parametrize("case", ["large mean", "sharp softmax", "silent branch", "zero"])
@@ -636,4 +703,5 @@ def test_build():
     without = "float16 384 groups 1 norms none", "bfloat16 768 statistics running"
     # Two registers: of _adapter_bwd_down with the paper's second setting; of _adapter_bwd_mid on sm_90, at any count.
     spills = {"bfloat16 768 reduction 4 latents 16": 8, "bfloat16 768 statistics running": 8}
-    assert_built("adapter_training", spills, *(("_adapter_bwd_mid", case) for case in without))
+    kernels = "_adapter_bwd_mid", "_adapter_bwd_bn2"
+    assert_built("adapter_training", spills, *itertools.product(kernels, without))
