@@ -57,7 +57,7 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
     ],
     "window_attention_bwd": [  # width: as of window_attention
         {"bytes": 2, "width": 48, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1},
-        {"bytes": 2, "width": 144, "BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 2},
+        {"bytes": 2, "width": 144, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1},
         {"bytes": 2, "width": 288, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 2},
         {"bytes": 4, "width": 144, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8},
     ],

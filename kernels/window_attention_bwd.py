@@ -5,10 +5,10 @@
 qkv (n, T, 3C) is [q | k | v], each (heads, d), as in window_attention.py; dout (n, T, C), of any strides; dqkv
 (n, T, 3C). Only qkv has a gradient: a frozen table and scale need none, and so there is nothing to add up over windows.
 
-A program owns an image, a window and a head and writes dq, dk and dv of that alone: no sum goes over programs, and
-two runs are equal bit for bit. It walks over the window twice, and nothing but a tile's own sums stays in registers.
-First tiles of BLOCK_M queries meet all keys, which give dq and what a query's keys have in common; k, k̂ and v are in
-shared memory. Then tiles of keys meet all queries, which give dk and dv; q, q̂ and dout have taken that memory.
+Two kernels, of which a program owns an image, a window and a head: no sum goes over programs, and two runs are equal
+bit for bit. In the first tiles of BLOCK_M queries meet all keys, which give dq and what a query's keys have in common;
+k, k̂ and v are in shared memory. In the second tiles of keys meet all queries, which give dk and dv; q, q̂ and dout are
+in its place. Nothing but a tile's own sums stays in registers.
 
 Saved: qkv and each row's log-sum-exp (n, heads, T), 4 bytes, in base 2. Recomputed: norms, and twice, by the same
 operations, logits and weights; the rows' sums of P ∘ dP, over all keys of the window at once. As do·o these would cost
@@ -17,10 +17,12 @@ saving and reading o, whose rounding does not cancel in a row with one large wei
 float32: norms, logits, weights, their gradient, all sums. Rounded to the type of qkv on the way into a product: P, dP's
 share of the logits, q̂ and k̂ (which have no scale to overflow, as q / |q|² has). dqkv is rounded once.
 
-Least work: 7 n T C elements moved and 4 bytes a row and head, each once, which this reaches but for 20 bytes a row and
-head from the first walk to the second (what it reads again is in L1 or L2), and 10 n T N C operations, here 14. As
-built for sm_90, a window of 144 tokens and a head of 32 channels takes 34,000 warp instructions of 2 warps, of which an
-SM has 10 at a time. One walk, with dk and dv in registers, took 51,000 of 8 warps, all that an SM had.
+Least work: 7 n T C elements moved and 4 bytes a row and head, each once; the second kernel reads qkv and dout again,
+and 20 bytes a row and head go from one to the other; 10 n T N C operations, here 14. On an H200 both walks in one
+kernel of 2 warps, 8 of them an SM, took nine times the bytes' time, with L1 busy for 62 % of it: a bias was loaded by
+one thread and went through shared memory to another. Where windows are patches of four by four and a tile is one of
+them (`_bias`) a thread loads its own, four at once, and with one warp a program nothing waits at barriers: as built for
+sm_90, a window of 144 tokens and a head of 32 channels takes 27,100 warp instructions instead of 33,000.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from lavish_fast.kernels import _launch, _tuning
@@ -45,6 +48,42 @@ def position(slot, WINDOW: tl.constexpr, PATCH: tl.constexpr):
     row = patch // (WINDOW // PATCH) * PATCH + inner // PATCH
     column = patch % (WINDOW // PATCH) * PATCH + inner % PATCH
     return row, column
+
+
+@triton.jit
+def _position(slot, WINDOW: tl.constexpr, PATCH: tl.constexpr, SHIFTED: tl.constexpr):
+    """The same; where tables are shifted, slot 8 a + 2 b + c of sixteen is the token in row b and column 2 a + c."""
+    if SHIFTED is None:
+        return position(slot, WINDOW, PATCH)
+    else:
+        return position(slot // 16 * 16 + slot // 2 % 4 * 4 + slot // 8 % 2 * 2 + slot % 2, WINDOW, PATCH)
+
+
+@triton.jit
+def _bias(
+    table_ptr,
+    places,
+    others,
+    t: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    """The biases of a tile, table[places + others].
+
+    SHIFTED: None, or the size of a table of which there are four, each without one more of its first numbers, so that
+    any four of them in sequence begin at 16 bytes in one. The tile is then patch t of the others, of four rows of four,
+    and a thread loads what of it belongs to it in the product: of a row of the tile 8 a + 2 b + c for its own b. Else
+    each number is loaded by another thread and goes through shared memory.
+    """
+    if SHIFTED is None:
+        return tl.load(table_ptr + places[:, None] + others[None, :])
+    else:
+        SIDE: tl.constexpr = WINDOW // 4
+        rows = (t // SIDE * 4 + tl.arange(0, 4)) * (2 * WINDOW - 1) + t % SIDE * 4
+        first = (rows[:, None] + places[None, :])[:, :, None]
+        tile = tl.load(table_ptr + first % 4 * SHIFTED + first // 4 * 4 + tl.arange(0, 4)[None, None, :])
+        return tile.reshape([4, BLOCK_M, 2, 2]).permute(1, 2, 0, 3).reshape([BLOCK_M, 16])
 
 
 @triton.jit
@@ -86,10 +125,22 @@ def _mask(down, right, others_down, others_right):
     return tl.where((down == others_down) & (right == others_right), 0.0, -100.0)
 
 
+@triton.jit
+def _window(heads, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """A program's image and head, and the first row and column of its window."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    pid //= heads
+    side = size // WINDOW
+    left = pid % side * WINDOW + SHIFT
+    pid //= side
+    return (pid // side).to(tl.int64), head, pid % side * WINDOW + SHIFT, left
+
+
 # With dP = do vᵀ and δ_i = Σ_j P_ij dP_ij, the logits have dS = P ∘ (dP - δ), and
 #   dv = Pᵀ do,   dq̂ = s dS k̂,   dk̂ = s dSᵀ q̂,   dq = (dq̂ - q̂ (q̂·dq̂)) / |q|,   dk likewise.
 @triton.jit
-def _window_attention_bwd(
+def _window_attention_bwd_q(
     qkv_ptr,
     scale_ptr,
     table_ptr,
@@ -109,8 +160,9 @@ def _window_attention_bwd(
     WINDOW: tl.constexpr,
     SHIFT: tl.constexpr,
     PATCH: tl.constexpr,
-    TILES: tl.constexpr,  # (first, number) of the keys, or of the queries, of each tile
+    TILES: tl.constexpr,  # (first, number) of the keys of each tile
     ROWS: tl.constexpr,  # of all tiles
+    SHIFTED: tl.constexpr,  # see `_bias`
     BLOCK_M: tl.constexpr,
 ):
     N: tl.constexpr = WINDOW * WINDOW
@@ -118,32 +170,22 @@ def _window_attention_bwd(
     SPAN: tl.constexpr = 2 * WINDOW - 1
     WIDE: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
     dtype: tl.constexpr = dqkv_ptr.dtype.element_ty
-    pid = tl.program_id(0)
-    rows_ptr += pid.to(tl.int64) * 5 * ROWS
-    head = pid % heads
-    pid //= heads
-    side = size // WINDOW
-    left = pid % side * WINDOW + SHIFT
-    pid //= side
-    top = pid % side * WINDOW + SHIFT
-    image = (pid // side).to(tl.int64)
-
+    image, head, top, left = _window(heads, size, WINDOW, SHIFT)
     width = heads * D
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
     qkv_ptr += image * stride_qkv_n + head * D
     dqkv_ptr += image * size * size * 3 * width + head * D
+    dout_ptrs = dout_ptr + image * stride_dout_n + (head * D + offs_d).to(tl.int64)[None, :] * stride_dout_c
     lse_ptr += (image * heads + head) * size * size
-    dout_ptr += image * stride_dout_n
-    dout_ptrs = dout_ptr + (head * D + offs_d).to(tl.int64)[None, :] * stride_dout_c
-    table_ptr += head * SPAN * SPAN
+    table_ptr += head * (SPAN * SPAN if SHIFTED is None else 4 * SHIFTED)
+    rows_ptr += tl.program_id(0).to(tl.int64) * 5 * ROWS
     scale = tl.load(scale_ptr + head)
 
-    # 1. dq, and what all keys of a query have in common.
     keys, values, k_units, k_places, k_downs, k_rights = (), (), (), (), (), ()
     for t in tl.static_range(len(TILES)):
         k_slots = TILES[t][0] + tl.arange(0, TILES[t][1])
-        k_rows, k_columns = position(_clamped(k_slots, N, TILES[t][0] + TILES[t][1]), WINDOW, PATCH)
+        k_rows, k_columns = _position(_clamped(k_slots, N, TILES[t][0] + TILES[t][1]), WINDOW, PATCH, SHIFTED)
         k_tokens, down, right = source(top + WINDOW - 1 - k_rows, left + WINDOW - 1 - k_columns, size)
         k_tile_ptrs = qkv_ptr + k_tokens[:, None] * stride_qkv_t + (width + offs_d)[None, :]
         k_tile = tl.load(k_tile_ptrs, mask=mask_d, other=0.0)
@@ -160,18 +202,18 @@ def _window_attention_bwd(
         slot = start + tl.arange(0, BLOCK_M)
         # A bound that holds anyway hides from the compiler how biases lie, for which it would take another layout.
         bounded = tl.minimum(slot, N - 1) if SHIFT == 0 else _clamped(slot, N, END)
-        row, column = position(bounded, WINDOW, PATCH)
+        row, column = _position(bounded, WINDOW, PATCH, SHIFTED)
         token, q_down, q_right = source(top + row, left + column, size)
         mask = mask_d & (slot < N)[:, None]
         q = tl.load(qkv_ptr + token[:, None] * stride_qkv_t + offs_d[None, :], mask=mask_d, other=0.0)
         do = tl.load(dout_ptrs + token[:, None] * stride_dout_t, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + token)
         q_norm = inverse_norm(q) * scale
-        bias_ptrs = table_ptr + row * SPAN + column
+        places = row * SPAN + column
         delta, total = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
         weights, dweights = (), ()
         for t in tl.static_range(len(TILES)):
-            bias = tl.load(bias_ptrs[:, None] + k_places[t][None, :])
+            bias = _bias(table_ptr, places, k_places[t], t, BLOCK_M, WINDOW, SHIFTED)
             if SHIFT > 0:
                 bias += _mask(q_down[:, None], q_right[:, None], k_downs[t][None, :], k_rights[t][None, :])
             k_slots = TILES[t][0] + tl.arange(0, TILES[t][1])
@@ -210,12 +252,53 @@ def _window_attention_bwd(
         dq_ptrs = dqkv_ptr + token[:, None] * (3 * width) + offs_d[None, :]
         tl.store(dq_ptrs, _unit_bwd(dq * scale, q).to(dtype), mask=mask)
 
-    tl.debug_barrier()
-    # 2. dk and dv, the same with keys and queries in each other's places.
+
+@triton.jit
+def _window_attention_bwd_kv(
+    qkv_ptr,
+    scale_ptr,
+    table_ptr,
+    lse_ptr,
+    dout_ptr,
+    dqkv_ptr,
+    rows_ptr,  # as the other kernel leaves it
+    stride_qkv_n,
+    stride_qkv_t,
+    stride_dout_n,
+    stride_dout_t,
+    stride_dout_c,
+    heads,
+    size,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PATCH: tl.constexpr,
+    TILES: tl.constexpr,  # of queries
+    ROWS: tl.constexpr,  # of all tiles
+    SHIFTED: tl.constexpr,  # see `_bias`
+    BLOCK_M: tl.constexpr,
+):
+    N: tl.constexpr = WINDOW * WINDOW
+    END: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    SPAN: tl.constexpr = 2 * WINDOW - 1
+    WIDE: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
+    dtype: tl.constexpr = dqkv_ptr.dtype.element_ty
+    image, head, top, left = _window(heads, size, WINDOW, SHIFT)
+    width = heads * D
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = (offs_d < D)[None, :]
+    qkv_ptr += image * stride_qkv_n + head * D
+    dqkv_ptr += image * size * size * 3 * width + head * D
+    dout_ptrs = dout_ptr + image * stride_dout_n + (head * D + offs_d).to(tl.int64)[None, :] * stride_dout_c
+    table_ptr += head * (SPAN * SPAN if SHIFTED is None else 4 * SHIFTED)
+    rows_ptr += tl.program_id(0).to(tl.int64) * 5 * ROWS
+    scale = tl.load(scale_ptr + head)
+
     queries, douts, q_units, q_places, q_downs, q_rights = (), (), (), (), (), ()
     for t in tl.static_range(len(TILES)):
         q_slots = TILES[t][0] + tl.arange(0, TILES[t][1])
-        q_rows, q_columns = position(_clamped(q_slots, N, TILES[t][0] + TILES[t][1]), WINDOW, PATCH)
+        q_rows, q_columns = _position(_clamped(q_slots, N, TILES[t][0] + TILES[t][1]), WINDOW, PATCH, SHIFTED)
         q_tokens, down, right = source(top + q_rows, left + q_columns, size)
         q_tile = tl.load(qkv_ptr + q_tokens[:, None] * stride_qkv_t + offs_d[None, :], mask=mask_d, other=0.0)
         queries += (q_tile.T,)
@@ -228,19 +311,19 @@ def _window_attention_bwd(
         q_rights += (right,)
     for start in range(0, N, BLOCK_M):
         slot = start + tl.arange(0, BLOCK_M)
-        row, column = position(_clamped(slot, N, END), WINDOW, PATCH)
+        row, column = _position(_clamped(slot, N, END), WINDOW, PATCH, SHIFTED)
         token, k_down, k_right = source(top + WINDOW - 1 - row, left + WINDOW - 1 - column, size)
         k_ptrs = qkv_ptr + token[:, None] * stride_qkv_t + (width + offs_d)[None, :]
         k = tl.load(k_ptrs, mask=mask_d, other=0.0)
         v = tl.load(k_ptrs + width, mask=mask_d, other=0.0)
         k_norm = inverse_norm(k)
-        bias_ptrs = table_ptr + row * SPAN + column
+        places = row * SPAN + column
         dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for t in tl.static_range(len(TILES)):
             row_ptrs = rows_ptr + ROWS + TILES[t][0] + tl.arange(0, TILES[t][1])
             q_norm, lse, delta = tl.load(row_ptrs), tl.load(row_ptrs + ROWS), tl.load(row_ptrs + 2 * ROWS)
-            bias = tl.load(bias_ptrs[:, None] + q_places[t][None, :])
+            bias = _bias(table_ptr, places, q_places[t], t, BLOCK_M, WINDOW, SHIFTED)
             if SHIFT > 0:
                 bias += _mask(k_down[:, None], k_right[:, None], q_downs[t][None, :], q_rights[t][None, :])
             logits = tl.dot(k, queries[t], input_precision="ieee") * q_norm[None, :] * k_norm[:, None] + bias
@@ -285,6 +368,10 @@ def launches(
     (n, tokens, width), heads, N = dout.shape, logit_scale.numel(), window**2
     d = width // heads
     constants, _ = _tuning.row("window_attention_bwd", architecture, qkv.dtype, tuning_width(N, d))
+    shifted = None
+    if window % 4 == 0 and constants["BLOCK_N"] == 16:
+        shifted = 4 * triton.cdiv(table.shape[1], 4)
+        table = F.pad(table, (0, shifted + 3 - table.shape[1])).unfold(1, shifted, 1).contiguous()
     constants |= {
         "D": d,
         "BLOCK_D": triton.next_power_of_2(d),
@@ -293,13 +380,16 @@ def launches(
         "PATCH": math.gcd(window, 4),
         "TILES": tiles(N, constants.pop("BLOCK_N")),
         "ROWS": 16 * triton.cdiv(N, 16),
+        "SHIFTED": shifted,
         "num_stages": 1,
     }
     programs = n * (tokens // N) * heads
     rows = lse.new_empty(programs, 5, constants["ROWS"])
     strides = (qkv.stride(0), qkv.stride(1), *dout.stride())
     args = (qkv, logit_scale, table, lse, dout, dqkv, rows, *strides, heads, math.isqrt(tokens))
-    return [Launch(_window_attention_bwd, (programs,), args, constants)]
+    return [
+        Launch(kernel, (programs,), args, constants) for kernel in (_window_attention_bwd_q, _window_attention_bwd_kv)
+    ]
 
 
 @torch.library.custom_op("lavish_fast::window_attention_bwd", mutates_args=())

@@ -375,6 +375,11 @@ def test_compiles_without_a_break_through_the_backward():
 
 
 def test_builds_for_each_card_within_its_limits():
-    # In float32 six registers of the largest windows and four of the widest heads.
+    # In float32 six registers of the largest windows and four of the widest heads; of one warp that has the weights of
+    # a window's rows and their gradients, a few that it needs outside of them.
     spills = {"float32 d=32 window=12 shift=6 heads=12": 24, "float32 d=64 window=8 shift=4 heads=3": 16}
+    windows = [(6, 6), (6, 12), (0, 6), (0, 24)]
+    spills |= {f"bfloat16 d=32 window=12 shift={shift} heads={heads}": 64 for shift, heads in windows}
+    spills |= {f"float16 d=32 window=12 shift=6 heads={heads}": 40 for heads in (6, 12)}
+    spills |= {"bfloat16 d=64 window=8 shift=4 heads=3": 8}
     assert_built("window_attention_bwd", spills)
