@@ -130,6 +130,26 @@ def build(op: str) -> list[dict]:
     return [json.loads(line) for done in runs for line in done.stdout.splitlines()]
 
 
+def built(op: str, script: str) -> list:
+    """What a script prints of launches that it builds for sm_90, a line of JSON each, in a process of its own."""
+    preamble = f"""
+import json, re, triton
+from build_kernels import Card
+from lavish_fast.kernels import {op}
+
+triton.runtime.driver.set_active(Card(90))
+cases = [(case, launch) for case, launches in {op}.builds(90) for launch in launches]
+build = lambda launch: launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants).asm
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", preamble + script],
+        capture_output=True, text=True, env=environment, cwd=Path(__file__).parent, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def assert_built(op: str, spills: dict[str, int] | None = None, *without_product: tuple[str, str]) -> None:
     """Every launch keeps to registers and to SHARED; products of 16-bit types are on tensor cores.
 

@@ -1,11 +1,6 @@
 """kernels/gather_latents.py: S = L + softmax(L Yᵀ) Y against the reference in float64, and what else must hold."""
 
 import gc
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +14,7 @@ from kernel_parity import (
     DTYPES,
     assert_built,
     assert_within_budget,
+    built,
     draw,
     every_second,
     guarded,
@@ -348,36 +344,19 @@ def test_compiles_without_a_break_for_any_batch(backend):
     assert counter.frame_count <= 3
 
 
-def built(script: str) -> list:
-    """What a script prints of launches that it builds for sm_90, a line of JSON each, in a process of its own."""
-    preamble = """
-import json, re, triton
-from build_kernels import Card
-from lavish_fast.kernels import gather_latents
-
-triton.runtime.driver.set_active(Card(90))
-cases = [(case, launch) for case, launches in gather_latents.builds(90) for launch in launches]
-build = lambda launch: launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants).asm
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", preamble + script],
-        capture_output=True, text=True, env=environment, cwd=Path(__file__).parent, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def test_sums_of_float32_are_of_products_of_their_own():
     """The compiler starts each product from zero and not from the sum that it is added to, as it likes to."""
-    found = built(r"""
+    found = built(
+        "gather_latents",
+        r"""
 for case, launch in cases:
     if case.startswith("float32 m=2 N=144"):
         code = build(launch)["ttgir"]
         sums = re.findall(r"tt.dot %[^,]+, %[^,]+, (%\w+)", code)
         zeros = re.findall(r"(%\w+) = arith.constant dense<0.0+e\+00>", code)
         print(json.dumps([launch.kernel.fn.__name__, len(sums), sorted(set(sums) - set(zeros))]))
-""")
+""",
+    )
     # Of each of the three tiles: in the forward logits and S; in the backward logits, dP, dL and two of dY.
     forward, backward = ["_gather_latents_fwd", 6, []], ["_gather_latents_bwd", 15, []]
     assert found == [forward, forward, backward]
