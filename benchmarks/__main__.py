@@ -294,15 +294,19 @@ def tune(
     console, wrong = _console(), False
     with console.status("") as status, processes as pool:
         for target in targets:
-            status.update(f"{target.op} stage {target.stage}")
+            name, tuned = f"{target.op} stage {target.stage}", None
+            status.update(f"{name}: building")
             try:
-                tuned = module.tune(target, seconds, builders=pool, until=until)
+                for tuned in module.tune(target, seconds, builders=pool, until=until):
+                    status.update(f"{name}: {tuned.tried} tried, {tuned.milliseconds:.4f} ms")
             except ValueError as error:  # of one width; the kernel may take the next
-                console.print(f"    # {target.op} stage {target.stage}: refused: {error}", soft_wrap=True, markup=False)
+                console.print(f"    # {name}: refused: {error}", soft_wrap=True, markup=False)
                 continue
-            console.print(tuned.row(), soft_wrap=True)
-            left = [f"{count} {why}" for why, count in tuned.dropped.items()]
-            console.print(f"    # stage {target.stage}: {', '.join([f'{tuned.tried} tried', *left])}", soft_wrap=True)
+            finally:  # also of what was interrupted
+                if tuned is not None:
+                    console.print(tuned.row(), soft_wrap=True)
+                    left = [f"{tuned.tried} tried", *(f"{count} {why}" for why, count in tuned.dropped.items())]
+                    console.print(f"    # stage {target.stage}: {', '.join(left)}", soft_wrap=True)
             wrong |= not tuned.dropped.keys().isdisjoint(("wrong", "default wrong"))
     return 1 if wrong else 0
 

@@ -99,8 +99,10 @@ def stages(op: str, preset: str) -> list[int]:
     return list(dict.fromkeys(setting["stage"] for setting in CASES[case_of(op)[0]].settings(PRESETS[preset])))
 
 
-def tune(target: Target, seconds: float, *, builders: Executor | None = None, until: float = float("inf")) -> Tuned:
-    """The best of `_tuning.CANDIDATES[op]` for the width of a stage.
+def tune(
+    target: Target, seconds: float, *, builders: Executor | None = None, until: float = float("inf")
+) -> Iterator[Tuned]:
+    """The best of `_tuning.CANDIDATES[op]` for the width of a stage: first what is used without, then after each.
 
     seconds: of timing per candidate. builders: processes that build the candidates first, side by side. until: the
     moment of `time.monotonic` after which none begins.
@@ -129,10 +131,12 @@ def tune(target: Target, seconds: float, *, builders: Executor | None = None, un
         best = before, _tuning.row(key[0], key[1], target.dtype, key[3])[0]
         if not right(outputs):
             best, dropped = (math.inf, {}), {"default wrong": 1}
+    yield Tuned(key, best[1], best[0], before, tried, dropped)
     for constants in every:
         if time.monotonic() > until:
             break
         tried += 1
+        why = None
         with _trying(key, constants):
             try:
                 outputs = run()
@@ -144,11 +148,11 @@ def tune(target: Target, seconds: float, *, builders: Executor | None = None, un
                 else:
                     taken = _milliseconds(call, target.device, seconds)
                     best = min(best, (taken, constants), key=lambda pair: pair[0])
-                    continue
             except Exception as error:  # too much shared memory, say: the next one may do
                 why = type(error).__name__
-            dropped[why] = dropped.get(why, 0) + 1
-    return Tuned(key, best[1], best[0], before, tried, dropped)
+        if why:
+            dropped = dropped | {why: dropped.get(why, 0) + 1}
+        yield Tuned(key, best[1], best[0], before, tried, dropped)
 
 
 def candidates(op: str) -> Iterator[dict[str, Any]]:

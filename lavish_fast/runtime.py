@@ -696,7 +696,8 @@ class TrainingStep:
             found = torch.autograd.grad(scaled, self._parameters, allow_unused=True)
         # One launch for many parameters, where autograd's own sums are one each.
         owns = [own for own, gradient in zip(self._gradients, found) if gradient is not None]
-        torch._foreach_add_(owns, [gradient for gradient in found if gradient is not None])
+        if owns:
+            torch._foreach_add_(owns, [gradient for gradient in found if gradient is not None])
         # BatchNorm spreads one clip's NaN over its batch.
         finite = rows.view(clips, -1).all(-1)
         sound = torch.stack([x.reshape(clips, -1).isfinite().all(1) for x in inputs]).all(0)

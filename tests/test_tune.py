@@ -26,6 +26,11 @@ def target(op="gather_latents", stage=3):
     return tune.Target(op, "small", stage, torch.float32, 1, DEVICE)
 
 
+def tuned(*arguments, **options) -> tune.Tuned:
+    *_, last = tune.tune(*arguments, **options)
+    return last
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that runs backwards: what is timed later is faster."""
@@ -51,7 +56,7 @@ def few(monkeypatch, clock):
 
 def test_the_fastest_is_found_and_nothing_is_left_behind(few):
     before = dict(_tuning.ROWS)
-    found = tune.tune(target(), 0.0)
+    found = tuned(target(), 0.0)
     assert len(few) == found.tried == 2
     # The default once, each candidate once alone and once for its time.
     assert (found.constants, found.milliseconds, found.before) == (few[1], 16.0, 20.0)
@@ -63,14 +68,14 @@ def test_the_fastest_is_found_and_nothing_is_left_behind(few):
 
 
 def test_a_measured_row_stays_and_is_not_what_before_means(few, monkeypatch):
-    architecture = tune.tune(target(), 0.0).key[1]
+    architecture = tuned(target(), 0.0).key[1]
     key, row = ("gather_latents", architecture, "float32", WIDTH), {"not": "constants of it"}
     monkeypatch.setitem(_tuning.ROWS, key, row)
     # With the row no launch would succeed.
     monkeypatch.setattr(tune, "_asked", lambda op: _Asked({key}))
     monkeypatch.setattr(tune.Run, "__call__", lambda run: None)
     monkeypatch.setattr(tune.Run, "errors", lambda *_: {"outputs": 0.0})
-    assert tune.tune(target(), 0.0).dropped == {}
+    assert tuned(target(), 0.0).dropped == {}
     assert _tuning.ROWS[key] is row
 
 
@@ -95,7 +100,7 @@ def test_a_wrong_or_failing_candidate_is_never_timed(few, monkeypatch):
         return [] if few[1] in tried else found
 
     monkeypatch.setattr(gather_latents, "launches", launches)
-    found = tune.tune(target(), 0.0)
+    found = tuned(target(), 0.0)
     assert found.dropped == {"MemoryError": 1, "wrong": 1}
     assert found.milliseconds == found.before == 20.0
     assert found.constants == _tuning.row("gather_latents", found.key[1], torch.float32, WIDTH)[0]
@@ -107,7 +112,7 @@ def test_a_hopeless_candidate_is_neither_checked_nor_timed(few, monkeypatch):
     monkeypatch.setattr(measure, "time_rounds", lambda *_: [[next(times)] * 5])
     checked, true = [], tune.Run.errors
     monkeypatch.setattr(tune.Run, "errors", lambda run, *a: checked.append(run.path) or true(run, *a))
-    found = tune.tune(target(), 0.0)
+    found = tuned(target(), 0.0)
     assert (found.constants, found.milliseconds, found.dropped) == (few[1], 9.0, {"slow": 1})
     assert checked == ["reference", "fused", "fused"]
 
@@ -130,21 +135,27 @@ def test_wrong_constants_in_use_are_not_the_best(few, monkeypatch):
     # The candidate that is right is slower than those in use.
     times = iter([1.0, 5.0, 5.0, 5.0])
     monkeypatch.setattr(measure, "time_rounds", lambda *_: [[next(times)] * 5])
-    found = tune.tune(target(), 0.0)
+    found = tuned(target(), 0.0)
     assert (found.constants, found.milliseconds, found.before) == (few[0], 5.0, 1.0)
     assert found.dropped == {"default wrong": 1, "wrong": 1}
 
 
 def test_where_nothing_is_right_there_is_no_row_to_paste(few, monkeypatch):
     without_defaults(monkeypatch, but=())
-    found = tune.tune(target(), 0.0)
+    found = tuned(target(), 0.0)
     assert found.dropped == {"default wrong": 1, "wrong": 2}
     assert found.row().endswith("none is right")
     assert eval("{" + found.row() + "\n}") == {}
 
 
+def test_what_is_best_so_far_is_there_after_each_candidate(few):
+    found = list(tune.tune(target(), 0.0))
+    assert [(each.tried, each.milliseconds) for each in found] == [(0, 20.0), (1, 18.0), (2, 16.0)]
+    assert [each.constants for each in found[1:]] == few
+
+
 def test_a_spent_budget_leaves_what_was_found(few):
-    found = tune.tune(target(), 0.0, until=0.0)
+    found = tuned(target(), 0.0, until=0.0)
     assert (found.tried, found.milliseconds, found.dropped) == (0, found.before, {})
 
 
@@ -157,7 +168,7 @@ def test_every_kernel_has_a_case_that_launches_it(op, monkeypatch, clock):
     monkeypatch.setitem(_tuning.CANDIDATES, op, {constant: (value,) for constant, value in row.items()})
     seen, true = [], tune.Run.errors
     monkeypatch.setattr(tune.Run, "errors", lambda run, *a: seen.append(true(run, *a)) or seen[-1])
-    found = tune.tune(target(op, 4), 0.0)
+    found = tuned(target(op, 4), 0.0)
     assert (mode == "training") == (op not in tune.CASES)
     assert (found.key[0], *found.key[2:]) == (op, "float32", widths[name])
     assert (found.tried, found.dropped) == (1, {})
@@ -174,7 +185,7 @@ def test_a_wrong_gradient_is_found(monkeypatch, clock):
     row, _ = _tuning.row(op, 0, torch.float32, 4)
     monkeypatch.setitem(_tuning.CANDIDATES, op, {constant: (value,) for constant, value in row.items()})
     monkeypatch.setattr(window_attention_bwd, "launches", lambda *a: [] if _tuning.ROWS else true(*a))
-    assert tune.tune(target(op, 4), 0.0).dropped == {"wrong": 1}
+    assert tuned(target(op, 4), 0.0).dropped == {"wrong": 1}
 
 
 def test_builders_run_every_candidate_once_and_fail_in_silence(few, monkeypatch):
@@ -189,7 +200,7 @@ def test_builders_run_every_candidate_once_and_fail_in_silence(few, monkeypatch)
 
     monkeypatch.setattr(tune.Run, "__call__", call)
     with ThreadPoolExecutor(1) as pool:
-        found = tune.tune(target(), 0.0, builders=pool)
+        found = tuned(target(), 0.0, builders=pool)
     tune._built.cache_clear()
     assert [few.index(row) for row in ran[:2]] == [0, 1]
     assert found.dropped == {"MemoryError": 1}
