@@ -14,14 +14,16 @@ a program waits at no barrier. Heads come first in the grid, as neighbours share
 
 Tokens of a window are taken in square patches, keys from the far corner backwards. Offsets into the table then add,
 and a thread's logits lie at constant distances from one address in it, so that a bias costs one load and no arithmetic.
+Where patches are four by four and a program is one warp, keys lie in such an order that the thread that loads a bias is
+the one that adds it (`_bias`).
 
 float32: norms, logits, softmax, products. q and k enter their product as they are; only the weights are rounded, to v's
 type. The output is rounded once.
 
 Least work: 4 n T C elements moved, each once, which this reaches with PARTS = 1 (else k and v are read again, from L2),
 and 4 n T N C operations. In 16 bits with N = 144 that is 72 operations a byte: HBM decides before tensor cores do. As
-built for sm_90, a window's head of 32 channels takes 10,000 warp instructions (12,900 if shifted), 1.25 times as many
-as an H200 can issue while it moves the head's 37 kB: instructions are what is left to save.
+built for sm_90, a window's head of 32 channels takes 9,400 warp instructions (10,800 if shifted), 1.1 times as many as
+an H200 can issue while it moves the head's 37 kB; with biases that went through shared memory it took 12,800.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from lavish_fast.kernels.window_attention_bwd import (
     LOG2E,
     inverse_norm,
     position,
+    position_by,
     reasons_bwd,
     source,
     tiles,
@@ -49,6 +52,32 @@ from torch import Tensor
 
 _WINDOWS, _HEAD_WIDTHS = (2, 16), (16, 64)  # window and d, from and to
 _MOST = 9216  # elements of a window's keys in one head, d as a power of two: what fits in 99 KiB in float32
+
+
+@triton.jit
+def _bias(
+    first,
+    places,
+    start: tl.constexpr,
+    NUMBER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WINDOW: tl.constexpr,
+    OWN: tl.constexpr,
+):
+    """The biases of NUMBER keys from `start` on, in the table at the rows' places and the keys' beyond.
+
+    OWN: the keys lie by threads (`position_by`), the rows' places are those of four rows of keys, and a thread loads
+    what is its own in the product. Else each number is loaded by another and goes through shared memory.
+    """
+    if not OWN:
+        return tl.load(first + places[None, :])
+    else:
+        quad = start // 4 + tl.arange(0, NUMBER // 4)
+        patch = quad // 4
+        # A bound that holds anyway hides from the compiler that four lie in sequence: it would give each a thread.
+        beyond = patch // (WINDOW // 4) * 4 * (2 * WINDOW - 1) + patch % (WINDOW // 4) * 4 + tl.minimum(quad % 4, 3)
+        bias = tl.load(first + beyond[None, None, :])
+        return bias.reshape([4, BLOCK_M, NUMBER // 16, 2, 2]).permute(1, 2, 3, 0, 4).reshape([BLOCK_M, NUMBER])
 
 
 @triton.jit
@@ -71,6 +100,7 @@ def _window_attention_fwd(
     BLOCK_M: tl.constexpr,
     PARTS: tl.constexpr,
     RELOAD: tl.constexpr,
+    OWN: tl.constexpr,
 ):
     N: tl.constexpr = WINDOW * WINDOW
     SPAN: tl.constexpr = 2 * WINDOW - 1
@@ -98,7 +128,7 @@ def _window_attention_fwd(
         k_slot = KEYS[t][0] + tl.arange(0, KEYS[t][1])
         if KEYS[t][0] + KEYS[t][1] > N:
             k_slot = tl.minimum(k_slot, N - 1)
-        k_row, k_column = position(k_slot, WINDOW, PATCH)
+        k_row, k_column = position_by(k_slot, WINDOW, PATCH, OWN)
         k_token, down, right = source(top + WINDOW - 1 - k_row, left + WINDOW - 1 - k_column, size)
         k_ptrs = qkv_ptr + k_token[:, None] * stride_qkv_t + (width + offs_d)[None, :]
         k_tile = tl.load(k_ptrs, mask=mask_d, other=0.0)
@@ -115,7 +145,11 @@ def _window_attention_fwd(
         token, q_down, q_right = source(top + row, left + column, size)
         q = tl.load(qkv_ptr + token[:, None] * stride_qkv_t + offs_d[None, :], mask=mask_d, other=0.0)
         q_norm = inverse_norm(q)
-        bias_ptrs = table_ptr + (row * SPAN + column).to(tl.int64)
+        place = row * SPAN + column
+        if OWN:
+            bias_ptrs = table_ptr + ((tl.arange(0, 4) * SPAN)[:, None] + place[None, :]).to(tl.int64)[:, :, None]
+        else:
+            bias_ptrs = (table_ptr + place.to(tl.int64))[:, None]
         if RELOAD:
             # Else the compiler scales the keys' norms before the loop and holds N / 4 registers of them throughout it.
             scale = tl.load(scale_ptr + head)
@@ -123,7 +157,7 @@ def _window_attention_fwd(
         total = tl.zeros((BLOCK_M,), tl.float32)
         out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for t in tl.static_range(len(KEYS)):
-            bias = tl.load(bias_ptrs[:, None] + k_place[t][None, :])
+            bias = _bias(bias_ptrs, k_place[t], KEYS[t][0], KEYS[t][1], BLOCK_M, WINDOW, OWN)
             if SHIFT > 0:
                 # One mask an axis: rows and columns have few distinct ones, their product has many.
                 bias += tl.minimum(
@@ -179,6 +213,7 @@ def launches(
         "PARTS": parts,
         "PATCH": math.gcd(window, 4),
         "KEYS": tiles(N, constants.pop("BLOCK_N")),
+        "OWN": window % 4 == 0 and constants["num_warps"] == 1,
         "num_stages": 1,  # More would hold the biases of the next queries in shared memory, which the keys are to fill.
     }
     strides = (qkv.stride(0), qkv.stride(1))

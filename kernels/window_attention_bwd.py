@@ -51,12 +51,11 @@ def position(slot, WINDOW: tl.constexpr, PATCH: tl.constexpr):
 
 
 @triton.jit
-def _position(slot, WINDOW: tl.constexpr, PATCH: tl.constexpr, SHIFTED: tl.constexpr):
-    """The same; where tables are shifted, slot 8 a + 2 b + c of sixteen is the token in row b and column 2 a + c."""
-    if SHIFTED is None:
-        return position(slot, WINDOW, PATCH)
-    else:
-        return position(slot // 16 * 16 + slot // 2 % 4 * 4 + slot // 8 % 2 * 2 + slot % 2, WINDOW, PATCH)
+def position_by(slot, WINDOW: tl.constexpr, PATCH: tl.constexpr, THREADS: tl.constexpr):
+    """The same; by threads, slot 8 a + 2 b + c of sixteen is the token in row b and column 2 a + c: see `_bias`."""
+    if THREADS:
+        slot = slot // 16 * 16 + slot // 2 % 4 * 4 + slot // 8 % 2 * 2 + slot % 2
+    return position(slot, WINDOW, PATCH)
 
 
 @triton.jit
@@ -188,7 +187,8 @@ def _window_attention_bwd_q(
     keys, values, k_units, k_places, k_downs, k_rights = (), (), (), (), (), ()
     for t in tl.static_range(len(TILES)):
         k_slots = TILES[t][0] + tl.arange(0, TILES[t][1])
-        k_rows, k_columns = _position(_clamped(k_slots, N, TILES[t][0] + TILES[t][1]), WINDOW, PATCH, SHIFTED)
+        clamped = _clamped(k_slots, N, TILES[t][0] + TILES[t][1])
+        k_rows, k_columns = position_by(clamped, WINDOW, PATCH, SHIFTED is not None)
         k_tokens, down, right = source(top + WINDOW - 1 - k_rows, left + WINDOW - 1 - k_columns, size)
         k_tile_ptrs = qkv_ptr + k_tokens[:, None] * stride_qkv_t + (width + offs_d)[None, :]
         k_tile = tl.load(k_tile_ptrs, mask=mask_d, other=0.0)
@@ -205,7 +205,7 @@ def _window_attention_bwd_q(
         slot = start + tl.arange(0, BLOCK_M)
         # A bound that holds anyway hides from the compiler how biases lie, for which it would take another layout.
         bounded = tl.minimum(slot, N - 1) if SHIFT == 0 else _clamped(slot, N, END)
-        row, column = _position(bounded, WINDOW, PATCH, SHIFTED)
+        row, column = position_by(bounded, WINDOW, PATCH, SHIFTED is not None)
         token, q_down, q_right = source(top + row, left + column, size)
         mask = mask_d & (slot < N)[:, None]
         q = tl.load(qkv_ptr + token[:, None] * stride_qkv_t + offs_d[None, :], mask=mask_d, other=0.0)
@@ -301,7 +301,8 @@ def _window_attention_bwd_kv(
     queries, douts, q_units, q_places, q_downs, q_rights = (), (), (), (), (), ()
     for t in tl.static_range(len(TILES)):
         q_slots = TILES[t][0] + tl.arange(0, TILES[t][1])
-        q_rows, q_columns = _position(_clamped(q_slots, N, TILES[t][0] + TILES[t][1]), WINDOW, PATCH, SHIFTED)
+        clamped = _clamped(q_slots, N, TILES[t][0] + TILES[t][1])
+        q_rows, q_columns = position_by(clamped, WINDOW, PATCH, SHIFTED is not None)
         q_tokens, down, right = source(top + q_rows, left + q_columns, size)
         q_tile = tl.load(qkv_ptr + q_tokens[:, None] * stride_qkv_t + offs_d[None, :], mask=mask_d, other=0.0)
         queries += (q_tile.T,)
@@ -314,7 +315,7 @@ def _window_attention_bwd_kv(
         q_rights += (right,)
     for start in range(0, N, BLOCK_M):
         slot = start + tl.arange(0, BLOCK_M)
-        row, column = _position(_clamped(slot, N, END), WINDOW, PATCH, SHIFTED)
+        row, column = position_by(_clamped(slot, N, END), WINDOW, PATCH, SHIFTED is not None)
         token, k_down, k_right = source(top + WINDOW - 1 - row, left + WINDOW - 1 - column, size)
         k_ptrs = qkv_ptr + token[:, None] * stride_qkv_t + (width + offs_d)[None, :]
         k = tl.load(k_ptrs, mask=mask_d, other=0.0)

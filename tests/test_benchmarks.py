@@ -188,7 +188,8 @@ def test_tune_goes_on_after_a_target_that_the_kernel_refuses(monkeypatch):
         if target.stage < 3:
             raise ValueError("adapter: expected tensors that it takes, got: C: [192]")
         key = target.op, 90, "float32", 128
-        return tune.Tuned(key, {"BLOCK_N": 16}, 1.0, 2.0, 5, {"default wrong": 1} if target.stage == 4 else {})
+        for tried in (4, 5):
+            yield tune.Tuned(key, {"BLOCK_N": 16}, 1.0, 2.0, tried, {"default wrong": 1} if target.stage == 4 else {})
 
     monkeypatch.setattr(command, "_device", lambda given: "cuda")
     monkeypatch.setattr(tune, "tune", tuned)
@@ -197,6 +198,20 @@ def test_tune_goes_on_after_a_target_that_the_kernel_refuses(monkeypatch):
     assert output.count("{'BLOCK_N': 16}") == 2
     assert "5 tried, 1 default wrong" in output
     assert "5 tried\n" in run("tune", "--op", "adapter", "--preset", "small", "--builders", "0", "--stage", "3")
+
+
+def test_what_tuning_has_found_is_there_when_it_is_interrupted(monkeypatch):
+    from benchmarks import tune
+
+    def tuned(target, seconds, **_):
+        yield tune.Tuned((target.op, 90, "float32", 128), {"BLOCK_N": 16}, 1.0, 2.0, 3, {"slow": 1})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_device", lambda given: "cuda")
+    monkeypatch.setattr(tune, "tune", tuned)
+    output = run("tune", "--op", "adapter", "--preset", "small", "--builders", "0", "--stage", "3", code=130)
+    assert "{'BLOCK_N': 16}" in output
+    assert "3 tried, 1 slow" in output
 
 
 def test_ladder_climbs_in_processes_of_their_own(tmp_path, monkeypatch):
