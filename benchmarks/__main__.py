@@ -191,20 +191,21 @@ def ladder(
     out = out or results.folder(device) / name
     every = {str(i): rung for i, rung in enumerate(module.RUNGS[mode], 1)}
     wanted = [every[i] for i in choose("rungs", rungs, every, every)]
-    console, measured = _console(), {}
+    console, measured = _console(), []
     with console.status("") as status:
         options = {"rungs": wanted, "timeout": timeout, "budget": budget}
         climb = module.climb(device, mode, preset, batch, execution, seconds, **options)
         for rung in wanted:
             status.update(rung.label)
-            row = measured[rung] = {**next(climb), "rung": rung.label}
+            row = {**next(climb), "rung": rung.label}
+            measured.append(row)
             results.append(out, [row])
             console.print(f"{rung.label:26}{line(row)}", soft_wrap=True)
     kept = results.read(out)
     drawn = [(rung, module.latest(kept, rung, row)) for rung in every.values()]
     pictures = module.draw([(rung, row) for rung, row in drawn if row is not None], out.with_suffix(""))
     console.print(f"rows in {out}, pictures in {', '.join(map(str, pictures))}", soft_wrap=True)
-    return 1 if any(row["status"] in ("wrong", "failed") for row in measured.values()) else 0
+    return 1 if any(row["status"] in ("wrong", "failed") for row in measured) else 0
 
 
 @app.command()

@@ -22,11 +22,7 @@ _FORWARD = [
 ]
 _BACKWARD = [
     {"bytes": 2, "width": 192, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 4},
-    {"bytes": 2, "width": 384, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
-    {"bytes": 2, "width": 768, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 64, "num_warps": 8},
-    {"bytes": 2, "width": 2048, "BLOCK_N": 16, "CHUNK": 128, "BLOCK_D": 32, "num_warps": 8},
-    {"bytes": 4, "width": 384, "BLOCK_N": 16, "CHUNK": 32, "BLOCK_D": 64, "num_warps": 8},
-    {"bytes": 4, "width": 2048, "BLOCK_N": 16, "CHUNK": 64, "BLOCK_D": 64, "num_warps": 8},
+    *_FORWARD[1:],
 ]
 
 DEFAULTS: dict[str, list[dict[str, Any]]] = {

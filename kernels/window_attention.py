@@ -47,6 +47,7 @@ from lavish_fast.kernels.window_attention_bwd import (
     tiles,
     tuning_width,
     window_attention_bwd,
+    window_of,
 )
 from torch import Tensor
 
@@ -108,12 +109,7 @@ def _window_attention_fwd(
     head = pid % heads
     pid //= heads
     part = pid % PARTS
-    pid //= PARTS
-    side = size // WINDOW
-    left = pid % side * WINDOW + SHIFT
-    pid //= side
-    top = pid % side * WINDOW + SHIFT
-    image = (pid // side).to(tl.int64)
+    image, top, left = window_of(pid // PARTS, size, WINDOW, SHIFT)
 
     width = heads * D
     offs_d = tl.arange(0, BLOCK_D)

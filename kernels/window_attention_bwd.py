@@ -128,15 +128,10 @@ def _mask(down, right, others_down, others_right):
 
 
 @triton.jit
-def _window(heads, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
-    """A program's image and head, and the first row and column of its window."""
-    pid = tl.program_id(0)
-    head = pid % heads
-    pid //= heads
+def window_of(number, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """The image of a window, counted over all images, and its first row and column."""
     side = size // WINDOW
-    left = pid % side * WINDOW + SHIFT
-    pid //= side
-    return (pid // side).to(tl.int64), head, pid % side * WINDOW + SHIFT, left
+    return (number // side // side).to(tl.int64), number // side % side * WINDOW + SHIFT, number % side * WINDOW + SHIFT
 
 
 # With dP = do vᵀ and δ_i = Σ_j P_ij dP_ij, the logits have dS = P ∘ (dP - δ), and
@@ -172,7 +167,8 @@ def _window_attention_bwd_q(
     SPAN: tl.constexpr = 2 * WINDOW - 1
     WIDE: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
     dtype: tl.constexpr = dqkv_ptr.dtype.element_ty
-    image, head, top, left = _window(heads, size, WINDOW, SHIFT)
+    head = tl.program_id(0) % heads
+    image, top, left = window_of(tl.program_id(0) // heads, size, WINDOW, SHIFT)
     width = heads * D
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
@@ -287,7 +283,8 @@ def _window_attention_bwd_kv(
     SPAN: tl.constexpr = 2 * WINDOW - 1
     WIDE: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
     dtype: tl.constexpr = dqkv_ptr.dtype.element_ty
-    image, head, top, left = _window(heads, size, WINDOW, SHIFT)
+    head = tl.program_id(0) % heads
+    image, top, left = window_of(tl.program_id(0) // heads, size, WINDOW, SHIFT)
     width = heads * D
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
