@@ -694,7 +694,7 @@ class TrainingStep:
             loss = self._loss(usable, labels) * clips
             scaled = loss if self._scale is None else loss * self._scale
             found = torch.autograd.grad(scaled, self._parameters, allow_unused=True)
-        # One launch for many parameters, where autograd's own sums are one each.
+        # A launch for many parameters, where autograd's own sums are one each.
         owns = [own for own, gradient in zip(self._gradients, found) if gradient is not None]
         if owns:
             torch._foreach_add_(owns, [gradient for gradient in found if gradient is not None])
