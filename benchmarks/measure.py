@@ -118,7 +118,7 @@ def execute(function: Callable, execution: str, inputs: Sequence[Tensor], *, tra
     elif execution != "graph":
         function = torch.compile(function, options={"freezing": execution == "freezing"}, **options)
     if execution in ("graph", "blocks+graph"):
-        from lavish_fast.runtime import capture
+        from lavish_fast.graphs import capture
 
         function = capture(function, *inputs)
     return function

@@ -473,7 +473,7 @@ class Group:
         return updated
 
     def _whole(self, module: Trained, optimizer: torch.optim.Adam, inputs: tuple[Tensor, ...]) -> Callable:
-        from lavish_fast.runtime import TrainingStep
+        from lavish_fast.step import TrainingStep
 
         labels = _repeat(self.problem.labels.to(self.device), self.repeats)
         taken = TrainingStep(module.fast, self.problem.loss, optimizer)

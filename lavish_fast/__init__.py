@@ -12,7 +12,11 @@ def __getattr__(name: str):
         from lavish_fast.model import Model
 
         return Model
-    if name in ("TrainingStep", "explain", "optimize"):
+    if name == "TrainingStep":
+        from lavish_fast.step import TrainingStep
+
+        return TrainingStep
+    if name in ("explain", "optimize"):
         from lavish_fast import runtime
 
         return getattr(runtime, name)

@@ -1,39 +1,33 @@
-"""torch.compile and CUDA graphs: nothing else knows of them.
+"""A model's fastest form, by torch.compile and CUDA graphs.
 
-`optimize` makes a model's fastest form for inference or training, `explain` says what each of its ops takes,
-`TrainingStep` takes whole steps of training.
+`optimize` makes it, for inference or training; `explain` says what each of its ops takes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
 from functools import partial
 from itertools import groupby, zip_longest
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lavish_fast import ops, tasks
 from lavish_fast.adapter import BlockAdapters
 from lavish_fast.backbones import DropPath
 from lavish_fast.concatenated import Concatenated, sharing
 from lavish_fast.config import Config
+from lavish_fast.graphs import Graphs
 from lavish_fast.inference import Inference
 from lavish_fast.model import Model, Network
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # clips
-LOSS_SCALE = 2.0**16  # the first, of torch.amp.GradScaler, as the three below
-_GROWTH, _BACKOFF, _GROWTH_STEPS = 2.0, 0.5, 2000
-_WARM_UPS = 3
 
 
 def optimize(
@@ -83,7 +77,7 @@ def optimize(
     cuda = parameter.is_cuda
     if cuda_graphs and not cuda:
         raise ValueError(f"cuda_graphs: expected a model on a CUDA device, got one on {parameter.device}")
-    sizes = _clips(batch_sizes)
+    sizes = checked_sizes(batch_sizes)
     if training:
         return FastTraining(model, dtype, path, compile, cuda_graphs, sizes, checkpointing)
     if checkpointing:
@@ -121,12 +115,12 @@ class Fast:
 
         Raises: ValueError naming the input, what was expected and what came.
         """
-        given = _inputs(self.config, self._device, self._dtype, args, kwargs)
+        given = inputs_of(self.config, self._device, self._dtype, args, kwargs)
         with torch.autocast(self._device.type, enabled=False):
             return _cast(self._run(*given), self._out_dtype)
 
 
-def _clips(batch_sizes: Any) -> set[int] | None:
+def checked_sizes(batch_sizes: Any) -> set[int] | None:
     """Batch sizes, or None for none. Raises: ValueError for anything but numbers of clips."""
     if batch_sizes is None:
         return None
@@ -141,7 +135,7 @@ def _cast(tensors: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, tensors)
 
 
-def _inputs(
+def inputs_of(
     config: Config, device: torch.device, dtype: torch.dtype, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, ...]:
     """What `Model.classify` takes of the arguments of `Model.forward`, once all of it is on the device, in a type."""
@@ -204,8 +198,8 @@ class FastTraining(nn.Module):
                 part.forward = _Checkpointed(part, _drops(self.config))
         self._graphed: dict[tuple, Callable[..., Any]] = {}
         self._sizes = None if batch_sizes is None else {size * model.config.images for size in batch_sizes}
-        self._cuda_graphs = _captures(self, cuda_graphs)
-        own = {id(buffer) for buffer in _Statistics(self).buffers}
+        self._cuda_graphs = captures(self, cuda_graphs)
+        own = {id(buffer) for buffer in Statistics(self).buffers}
         # Read by DistributedDataParallel, which would broadcast every buffer before each forward pass.
         self._ddp_params_and_buffers_to_ignore = [n for n, buffer in self.named_buffers() if id(buffer) not in own]
 
@@ -222,7 +216,7 @@ class FastTraining(nn.Module):
 
         Raises: ValueError naming the input, what was expected and what came.
         """
-        given = _inputs(self.config, next(self.parameters()).device, self.dtype, args, kwargs)
+        given = inputs_of(self.config, next(self.parameters()).device, self.dtype, args, kwargs)
         with self._arithmetic():
             return _cast(self._choose(given)(*given), self._out_dtype)
 
@@ -248,7 +242,7 @@ class FastTraining(nn.Module):
         if self._sizes is None:
             self._sizes = {rows}
         if rows in self._sizes and key not in self._graphed:
-            statistics = _Statistics(self.network)
+            statistics = Statistics(self.network)
             before = statistics.flat()
             samples = tuple(x.clone() for x in given)
             flat = _Flat(self.network)
@@ -271,7 +265,7 @@ def _drops(config: Config) -> bool:
     return getattr(config.backbone, "drop_path_rate", 0) > 0
 
 
-def _captures(network: Model | FastTraining, cuda_graphs: bool | None) -> bool:
+def captures(network: Model | FastTraining, cuda_graphs: bool | None) -> bool:
     """Whether a network's passes are captured. Raises: ValueError where they are to be and cannot."""
     device = next(network.parameters()).device
     if device.type != "cuda":
@@ -287,7 +281,7 @@ def _captures(network: Model | FastTraining, cuda_graphs: bool | None) -> bool:
     return False
 
 
-class _Statistics:
+class Statistics:
     """The buffers of a module's BatchNorms, as one flat tensor of each type: few launches for many of them."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -315,7 +309,7 @@ class _Checkpointed:
     """
 
     def __init__(self, block: nn.Module, random: bool) -> None:
-        self._forward, self._statistics, self._random = block.forward, _Statistics(block), random
+        self._forward, self._statistics, self._random = block.forward, Statistics(block), random
 
     def __call__(self, *arguments: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -419,7 +413,7 @@ def explain(model: Model | Concatenated | Fast | FastTraining) -> Explanation:
         raise ValueError(f"model: expected a lavish_fast.Model or what optimize returns, got {type(model).__name__}")
     device = next(network.parameters()).device
     modes = [(module, module.training) for module in network.modules()]
-    statistics = _Statistics(network)
+    statistics = Statistics(network)
     before = statistics.flat()
     try:
         # Drop path draws random numbers, which nobody shall miss.
@@ -482,425 +476,3 @@ def _ranges(numbers: list[int]) -> str:
     groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     spans = [[n for _, n in group] for _, group in groups]
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
-
-
-class Outcome(NamedTuple):
-    """What a step did, over all ranks: 0-dim float64 tensors on the device. Reading one waits for the step.
-
-    loss: the mean over the step's clips. failed: clips to blame for probabilities that are not finite; no step was
-    taken then, and loss, segments and clips are 0. overflow: 1 where gradients are not finite and no step was taken.
-    """
-
-    loss: Tensor
-    segments: Tensor
-    clips: Tensor
-    failed: Tensor
-    overflow: Tensor
-
-
-class TrainingStep:
-    """Steps of training: forward, loss, backward, accumulation, loss scaling and fused Adam, as CUDA graphs.
-
-        step = TrainingStep(optimize(model, training=True), ave.loss, optimizer)
-        for audio, video, labels in loader:
-            step.accumulate(audio, video, labels=labels)  # as often as a step has micro-batches
-            outcome = step.finish()
-
-    A micro-batch counts by its clips, so k of them are one batch k times as large, but for BatchNorm. A step in
-    which a clip gives NaN or infinity, or in which gradients overflow, leaves parameters, Adam's state and BatchNorm's
-    buffers as they were, without a word to the host; so does one in which an exception is raised, and the next
-    micro-batch begins another. Where torch.distributed has several ranks their gradients are summed between the graphs,
-    and each must call `finish` equally often.
-
-    Captured: one graph for each shape of micro-batch that `batch_sizes` says, and one that finishes the step; each
-    after three calls that run as they are. Not captured: micro-batches of other shapes (the same functions run), the
-    sum over ranks, networks with SyncBatchNorm, and on a CPU anything. A graph keeps what it was captured with:
-    requires_grad, the modes of single modules, the optimiser's settings but for learning rates; `reset` reads these and
-    has all captured anew. The optimiser's own step and zero_grad are not to be called.
-
-    Args:
-        network: a `Model`, or what `optimize` made of it for training.
-        loss: of the network's outputs and labels, their mean over the labels' entries (the segments), a scalar. It must
-            not read tensors on the host. Rows of the first output that are not finite reach it as 1 / K, K columns.
-        optimizer: torch.optim.Adam or AdamW with fused=True. Its learning rates may be changed at any time.
-        loss_scale: the first factor of the loss, doubled after 2000 steps without an overflow and halved by one; by
-            default 65536 for a network in float16 and none for others.
-        cuda_graphs: whether to capture; by default on a CUDA device, if nothing stands against it.
-        batch_sizes: in clips, what is captured; by default the first micro-batch's.
-
-    Raises: ValueError naming the argument, what was expected and what came.
-    """
-
-    def __init__(
-        self,
-        network: Model | FastTraining,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        optimizer: torch.optim.Optimizer,
-        *,
-        loss_scale: float | None = None,
-        cuda_graphs: bool | None = None,
-        batch_sizes: Sequence[int] | None = None,
-    ) -> None:
-        if not isinstance(network, (Model, FastTraining)):
-            expected = "a Model or what optimize(model, training=True) returns"
-            raise ValueError(f"network: expected {expected}, got {type(network).__name__}")
-        adam = isinstance(optimizer, torch.optim.Adam)
-        if not adam or not all(group["fused"] for group in optimizer.param_groups):
-            got = type(optimizer).__name__ + (" without it" if adam else "")
-            raise ValueError(f"optimizer: expected Adam or AdamW with fused=True, got {got}")
-        if loss_scale is not None and not 0 < loss_scale < float("inf"):
-            raise ValueError(f"loss_scale: expected a positive number, got {loss_scale}")
-        self.network, self.optimizer, self._loss = network, optimizer, loss
-        self._device = device = next(network.parameters()).device
-        self._dtype = network.dtype if isinstance(network, FastTraining) else next(network.parameters()).dtype
-        self._statistics = _Statistics(network)
-        self._kept = self._statistics.flat()  # as they were before the step under way
-        if loss_scale is None and getattr(network, "dtype", None) == torch.float16:
-            loss_scale = LOSS_SCALE
-        self._scale = None if loss_scale is None else torch.tensor(loss_scale, dtype=torch.float32, device=device)
-        self._growth = torch.zeros((), dtype=torch.int32, device=device)  # steps without an overflow
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, segments, clips, clips that failed
-        self._outcome = torch.zeros(len(Outcome._fields), dtype=torch.float64, device=device)
-        self._begun = False
-        self._graphs = _captures(network, cuda_graphs)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and self._graphs else None
-        self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
-        self._sizes = _clips(batch_sizes)
-        self.reset()
-        # It replaces the tensors that a graph writes to.
-        optimizer.register_load_state_dict_post_hook(lambda _: self.reset())
-
-    @property
-    def scales(self) -> bool:
-        """Whether the loss is scaled."""
-        return self._scale is not None
-
-    def reset(self) -> None:
-        """Forgets the graphs, and the micro-batches of a step that is not finished."""
-        self._abandon()
-        groups, device = self.optimizer.param_groups, self._device
-        parameters = [p for group in groups for p in group["params"]]
-        self._parameters = [p for p in parameters if p.requires_grad]
-        for frozen in (p for p in parameters if not p.requires_grad):
-            frozen.grad = None  # or Adam would go on moving it
-        self._gradients = [torch.zeros_like(p) for p in self._parameters]
-        # Adam's kernel takes float32; a CPU takes a number, as it would from the optimiser.
-        rate = torch.float32 if device.type == "cuda" else torch.float64
-        self._rates = [torch.zeros((), dtype=rate, device=device) for _ in groups]
-        self._micro: dict[tuple, tuple[list[Tensor], Tensor, Callable[[], None]]] = {}
-        self._last = self._recorded(self._take)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state of the loss scaling; empty without it. Model and optimiser have their own."""
-        return {} if self._scale is None else {"scale": self._scale.clone(), "growth": self._growth.clone()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what `state_dict` gave. Raises: ValueError naming what was expected and what came."""
-        if state.keys() != self.state_dict().keys():
-            raise ValueError(f"loss scale: expected {sorted(self.state_dict())}, got {sorted(state)}")
-        for name, own in (("scale", self._scale), ("growth", self._growth)):
-            if name in state:
-                own.copy_(state[name])
-
-    def accumulate(self, *args: Any, labels: Tensor, **kwargs: Any) -> Tensor:
-        """Adds a micro-batch's gradients to the step's.
-
-        Args:
-            args, kwargs: as for `Model.forward`, on the model's device.
-            labels: (B, ...), for event localisation a class for each segment.
-
-        Returns: (B,) bool on the device, False for clips that are to blame for outputs that are not finite: those whose
-            inputs are not, and if there are none, those whose outputs are not.
-
-        Raises: ValueError naming the tensor, what was expected and what came.
-        """
-        inputs = _inputs(self.network.config, self._device, self._dtype, args, kwargs)
-        clips = len(next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
-        if not isinstance(labels, Tensor) or labels.device != self._device or not labels.ndim or len(labels) != clips:
-            got = f"{tuple(labels.shape)} on {labels.device}" if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(f"labels: expected a tensor ({clips}, ...) on {self._device}, got {got}")
-        if not labels.numel():
-            raise ValueError(f"labels: expected a segment, got {tuple(labels.shape)}")
-        given = [*(x.detach() for x in inputs), labels]
-        with self._on_stream(), self._whole():
-            self._begin()
-            if self._sizes is None:
-                self._sizes = {clips}
-            if not (self._graphs and clips in self._sizes):
-                fine = torch.empty(clips, dtype=torch.bool, device=self._device)
-                self._add(given, fine)
-                return fine
-            key = (self.network.training, *((x.shape, x.dtype) for x in given))
-            if key not in self._micro:
-                own, fine = [x.clone() for x in given], torch.empty(clips, dtype=torch.bool, device=self._device)
-                self._micro[key] = own, fine, self._recorded(partial(self._add, own, fine))
-            own, fine, run = self._micro[key]
-            for static, x in zip(own, given):
-                static.copy_(x, non_blocking=True)
-            run()
-            return fine.clone()
-
-    @torch.no_grad()
-    def finish(self) -> Outcome:
-        """Takes the step, if no clip failed and no gradient overflowed. `grad` of the parameters is then their mean."""
-        with self._on_stream(), self._whole():
-            self._begin()
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(self._sums)
-                flat = torch.cat([gradient.flatten() for gradient in self._gradients])
-                dist.all_reduce(flat)
-                parts = flat.split([gradient.numel() for gradient in self._gradients])
-                torch._foreach_copy_(self._gradients, [x.view_as(g) for x, g in zip(parts, self._gradients)])
-            for own, group in zip(self._rates, self.optimizer.param_groups):
-                own.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else own.fill_(group["lr"])
-            self._last()
-            self._begun = False
-            return Outcome(*self._outcome.clone().unbind())
-
-    def _begin(self) -> None:
-        if not self._begun:
-            self._begun = True
-            for parameter, gradient in zip(self._parameters, self._gradients):
-                parameter.grad = gradient
-            torch._foreach_zero_(self._gradients)
-            self._sums.zero_()
-            for kept, now in zip(self._kept, self._statistics.flat()):
-                kept.copy_(now)
-
-    def _abandon(self) -> None:
-        if self._begun:
-            self._statistics.put(self._kept)
-        self._begun = False
-
-    @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        """A step that is cut short, by an error or by the user, is none: the next micro-batch begins another."""
-        try:
-            yield
-        except BaseException:
-            self._abandon()
-            raise
-
-    def _add(self, given: list[Tensor], fine: Tensor) -> None:
-        *inputs, labels = given
-        clips = len(labels)
-        with torch.enable_grad():
-            outputs = self.network.classify(*inputs)
-            first, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
-            rows = first.detach().flatten(1).isfinite().all(1)
-            # Binary cross-entropy of NaN ends the process on a GPU.
-            usable = first.masked_fill(~rows.view(-1, *(1,) * (first.ndim - 1)), 1 / first.shape[-1])
-            usable = (usable, *rest) if rest else usable
-            loss = self._loss(usable, labels) * clips
-            scaled = loss if self._scale is None else loss * self._scale
-            found = torch.autograd.grad(scaled, self._parameters, allow_unused=True)
-        # A launch for many parameters, where autograd's own sums are one each.
-        owns = [own for own, gradient in zip(self._gradients, found) if gradient is not None]
-        if owns:
-            torch._foreach_add_(owns, [gradient for gradient in found if gradient is not None])
-        # BatchNorm spreads one clip's NaN over its batch.
-        finite = rows.view(clips, -1).all(-1)
-        sound = torch.stack([x.reshape(clips, -1).isfinite().all(1) for x in inputs]).all(0)
-        fine.copy_(torch.where(sound.all(), finite, sound) | finite.all())
-        failed = clips - fine.sum()
-        for total, value in zip(self._sums.unbind(), (loss.detach(), labels.numel(), clips, failed)):
-            total += value
-
-    @torch.no_grad()
-    def _take(self) -> None:
-        """From summed gradients to Adam's step, or to none."""
-        loss, segments, clips, failed = self._sums.unbind()
-        bad, one = torch.zeros(1, device=self._device), torch.ones(1, device=self._device)
-        for kind in dict.fromkeys(gradient.dtype for gradient in self._gradients):
-            of_kind = [gradient for gradient in self._gradients if gradient.dtype == kind]
-            torch._amp_foreach_non_finite_check_and_unscale_(of_kind, bad, one)
-        counts = (failed == 0) & (segments > 0)
-        overflow = counts & (bad > 0).squeeze()
-        refused = overflow | ~counts
-        divisor = clips.float() if self._scale is None else clips.float() * self._scale
-        with self._borrowed(grad_scale=divisor, found_inf=refused.float()):
-            self.optimizer.step()
-        if self._scale is not None:
-            scale, growth = self._scale.clone(), self._growth.clone()
-            torch._amp_update_scale_(scale, growth, bad, _GROWTH, _BACKOFF, _GROWTH_STEPS)
-            self._scale.copy_(torch.where(counts, scale, self._scale))
-            self._growth.copy_(torch.where(counts, growth, self._growth))
-        pairs = zip(self._kept, self._statistics.flat())
-        self._statistics.put([torch.where(refused, kept, now) for kept, now in pairs])
-        zero = torch.zeros_like(loss)
-        loss, segments, clips = (torch.where(counts, x, zero) for x in (loss / clips, segments, clips))
-        self._outcome.copy_(torch.stack((loss, segments, clips, failed, overflow.double())))
-
-    @contextlib.contextmanager
-    def _borrowed(self, **attributes: Tensor) -> Iterator[None]:
-        """The optimiser, set to be captured; afterwards as its owner had it."""
-        groups = self.optimizer.param_groups
-        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        before = [(group["lr"], group["capturable"]) for group in groups]
-        try:
-            vars(self.optimizer).update(attributes)
-            for group, rate in zip(groups, self._rates):
-                group.update(lr=rate, capturable=capturing)
-            yield
-        finally:
-            for name in attributes:
-                delattr(self.optimizer, name)
-            for group, (rate, capturable) in zip(groups, before):
-                group.update(lr=rate, capturable=capturable)
-
-    def _recorded(self, function: Callable[[], None]) -> Callable[[], None]:
-        return _Recorded(function, self._stream, self._pool) if self._graphs else function
-
-    @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """Work is on one stream, captured or not, as the nodes of autograd remember theirs."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            try:
-                with torch.cuda.stream(self._stream):
-                    yield
-            finally:
-                torch.cuda.current_stream().wait_stream(self._stream)
-
-
-class _Recorded:
-    """A function that reads and writes tensors in their places; a CUDA graph once it has run as often as is asked."""
-
-    def __init__(self, function: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any) -> None:
-        self._function, self._where = function, (stream, pool)
-        self._left, self._graph = _WARM_UPS, None
-
-    def __call__(self) -> None:
-        if self._left:
-            self._left -= 1
-            return self._function()
-        if self._graph is None:
-            self._graph = _record(self._function, *self._where)
-        self._graph.replay()
-
-
-def _record(function: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    # A loader's threads may pin memory meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        function()
-    return graph
-
-
-class Graphs:
-    """`function` of tensors with a row per image, or one per so many, as a CUDA graph for each of `sizes` images.
-
-    A graph is captured when its size is first needed, and another for inputs of another shape, type or number of images
-    to a row. Graphs share their memory and their inputs' buffers, so that one runs at a time, whichever thread and
-    stream it is called from. Where no size is whole rows, the function runs as it is.
-    """
-
-    def __init__(self, function: Callable[..., Any], sizes: Sequence[int]) -> None:
-        self._function, self._sizes = function, sorted(sizes)
-        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Any]] = {}  # by size and kinds of input
-        self._inputs: dict[tuple, Tensor] = {}  # by place and kind
-        self._lock = threading.Lock()
-        self._done: torch.cuda.Event | None = None
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        """function(*inputs): of any number of images, in parts of the largest size. The first input's rows are images.
-
-        Outputs have as many rows as images, or a fixed share of them.
-        """
-        rows = len(inputs[0])
-        kinds = [(Fraction(len(x), rows or 1), x.shape[1:], x.dtype) for x in inputs]
-        sizes = [size for size in self._sizes if all(size % share.denominator == 0 for share, *_ in kinds)]
-        if not rows or not sizes:
-            return self._function(*inputs)
-        with self._lock, torch.cuda.device(inputs[0].device):
-            stream = torch.cuda.current_stream()
-            if self._done is not None:
-                stream.wait_event(self._done)  # the last call's graph may run on another stream still
-            parts = []
-            for first in range(0, rows, sizes[-1]):
-                last = min(first + sizes[-1], rows)
-                size = next(size for size in sizes if size >= last - first)
-                part = [x[int(first * share) : int(last * share)] for x, (share, *_) in zip(inputs, kinds)]
-                parts.append(self._replay(part, kinds, size))
-            self._done = stream.record_event()
-        if len(parts) == 1:
-            return parts[0]
-        return tree_map(lambda *outputs: None if outputs[0] is None else torch.cat(outputs), *parts)
-
-    def _replay(self, inputs: list[Tensor], kinds: list[tuple], size: int) -> Any:
-        rows, own = len(inputs[0]), []
-        for place, (x, kind) in enumerate(zip(inputs, kinds)):
-            if (place, kind) not in self._inputs:
-                self._inputs[place, kind] = x.new_zeros(int(self._sizes[-1] * kind[0]), *x.shape[1:])
-            own.append(self._inputs[place, kind][: int(size * kind[0])])
-        key = size, *kinds
-        if key not in self._graphs:
-            pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
-            self._graphs[key] = _capture(self._function, own, pool)
-        for static, x in zip(own, inputs):
-            static[: len(x)].copy_(x)
-        graph, outputs = self._graphs[key]
-        graph.replay()
-        return tree_map_only(Tensor, lambda x: x[: len(x) * rows // size].clone(), outputs)
-
-
-def _capture(function: Callable, inputs: Sequence[Tensor], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of function(*inputs), which reads the inputs where they lie, and its outputs."""
-    # As PyTorch asks: on a stream of its own, after runs that allocate, compile and load what they need.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):
-            function(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on working meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        outputs = function(*inputs)
-    return graph, outputs
-
-
-@torch.no_grad()
-def capture(function: Callable, *inputs: Tensor) -> Callable:
-    """`function` of these inputs' shapes, types and device as one CUDA graph, for inference.
-
-    The callable copies its inputs into the graph's own and returns the graph's own outputs: the next call overwrites
-    them. What the function reads besides its inputs (weights) must stay where it is.
-
-    Raises: ValueError for inputs that are not on one CUDA device; the callable's too, for inputs of other shapes or
-        types than the captured ones.
-    """
-    if not inputs or not all(isinstance(x, Tensor) and x.is_cuda and x.device == inputs[0].device for x in inputs):
-        raise ValueError(
-            f"capture: expected tensors on one CUDA device, got {', '.join(map(_place, inputs)) or 'none'}"
-        )
-    static = [x.clone() for x in inputs]
-    with torch.cuda.device(inputs[0].device):
-        graph, outputs = _capture(function, static)
-
-    @torch.no_grad()
-    def replay(*inputs: Tensor) -> Any:
-        if _kinds(inputs) != (expected := _kinds(static)):
-            raise ValueError(f"captured graph: expected {_text(expected)}, got {_text(_kinds(inputs))}")
-        for own, x in zip(static, inputs):
-            own.copy_(x)
-        graph.replay()
-        return outputs
-
-    replay.function = function  # the graph reads its weights at their addresses: they must live as long
-    return replay
-
-
-def _place(x: Any) -> str:
-    return str(x.device) if isinstance(x, Tensor) else type(x).__name__
-
-
-def _kinds(tensors: Sequence[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    return [(tuple(x.shape), x.dtype) for x in tensors]
-
-
-def _text(kinds: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
-    return ", ".join(f"{shape} {str(dtype).removeprefix('torch.')}" for shape, dtype in kinds) or "none"

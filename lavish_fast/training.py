@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavish_fast import checkpoint, tasks
 from lavish_fast.config import TrainConfig
-from lavish_fast.runtime import TrainingStep, optimize
+from lavish_fast.runtime import optimize
+from lavish_fast.step import TrainingStep
 from lavish_fast.tasks import Batch
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from benchmarks.cases import randomise as randomise
 from lavish_fast import Config, Model
-from lavish_fast.config import AdapterConfig, SpectrogramConfig, SwinV2Config
+from lavish_fast.config import AdapterConfig, SpectrogramConfig, SwinV2Config, ViTConfig
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
 GOLDENS = Path(os.environ.get("LAVISH_GOLDENS", ROOT.parent / "shared" / "goldens"))
 AVE_GOLDENS = ("ave_swin_small", "ave_swin_paper", "ave_swin_16tokens_nobn", "ave_vit")
+VIT = ViTConfig(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
 
 
 class Golden:
@@ -83,6 +84,12 @@ def tiny_config(**changes) -> Config:
         "frames": 3,
     }
     return Config(**(values | changes))
+
+
+def tiny_model() -> Model:
+    """Of `tiny_config`, in evaluation mode, the same each time."""
+    torch.manual_seed(0)
+    return randomise(Model(tiny_config())).eval()
 
 
 def tiny_inputs(batch: int = 2, frames: int = 3, seed: int = 0, dtype=torch.float32) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lavish_fast import runtime
+from lavish_fast import graphs, step
 
 
 class Recording(TorchDispatchMode):
@@ -54,6 +54,6 @@ def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
             function()
         return recordings[-1]
 
-    monkeypatch.setattr(runtime, "_record", record)
-    monkeypatch.setattr(runtime, "_captures", lambda network, cuda_graphs: cuda_graphs is not False)
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(step, "captures", lambda network, cuda_graphs: cuda_graphs is not False)
     return recordings

@@ -13,7 +13,7 @@ from benchmarks.baselines.mbt import MBTConfig
 from benchmarks.cases import CASES, MODES, PRESETS, Preset, refusal
 from benchmarks.measure import PRECISIONS, Unavailable, relative_error
 from benchmarks.run import Group, Selection, Truth, step
-from lavish_fast import runtime
+from lavish_fast import TrainingStep, runtime
 from lavish_fast.backbones.swin_v2 import WindowAttention
 from lavish_fast.config import VIT_SPECTROGRAM, AdapterConfig, Config, SpectrogramConfig, SwinV2Config, ViTConfig
 
@@ -238,7 +238,7 @@ def test_whole_steps_of_the_optimised_network(monkeypatch):
     assert 0 < max(moved) < 3e-6
     assert len([x for x in moved if x > 1e-8]) > 0.9 * len(moved)
     # Weights stay while a step is checked, and a wrong gradient shows.
-    true = runtime.TrainingStep.finish
+    true = TrainingStep.finish
 
     def finish(step):
         outcome = true(step)
@@ -246,7 +246,7 @@ def test_whole_steps_of_the_optimised_network(monkeypatch):
             p.grad.mul_(1.1)
         return outcome
 
-    monkeypatch.setattr(runtime.TrainingStep, "finish", finish)
+    monkeypatch.setattr(TrainingStep, "finish", finish)
     assert group.prepare("optimized", "step", "float32").row["status"] == "wrong"
     with pytest.raises(Unavailable, match="for training alone"):
         measure.execute(module, "step", group.problem.batch(1, torch.float32, "cpu"), training=False)

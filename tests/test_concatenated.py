@@ -10,11 +10,9 @@ from torch import nn
 from kernel_parity import DEVICE, DTYPES, small_backbone
 from lavish_fast import Model, TrainingStep, explain, ops, optimize
 from lavish_fast.concatenated import Concatenated
-from lavish_fast.config import AdapterConfig, SwinV2Config, ViTConfig
+from lavish_fast.config import AdapterConfig, SwinV2Config
 from lavish_fast.tasks import ave
-from parity import randomise, relative_error, tiny_config, tiny_inputs
-
-VIT = ViTConfig(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+from parity import VIT, randomise, relative_error, tiny_config, tiny_inputs
 
 
 def make(dtype=torch.float32, **changes) -> Model:

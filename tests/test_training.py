@@ -17,8 +17,9 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from lavish_fast import Model, checkpoint, optimize, runtime, tasks, training
+from lavish_fast import Model, TrainingStep, checkpoint, optimize, runtime, tasks, training
 from lavish_fast.config import AdapterConfig, TrainConfig
+from lavish_fast.graphs import record
 from lavish_fast.tasks import ave
 from parity import tiny_config
 from recorded import record_on_cpu
@@ -433,7 +434,7 @@ def ddp_module_worker(folder):
         batch = tasks.collate(make_clips(4)[first : first + clips[rank]])
         if name == "uneven":  # DistributedDataParallel takes the mean over ranks, a step that over segments
             optimizer = torch.optim.Adam([p for p in fast.parameters() if p.requires_grad], lr=1e-12, fused=True)
-            step = runtime.TrainingStep(fast, ave.loss, optimizer)
+            step = TrainingStep(fast, ave.loss, optimizer)
             step.accumulate(**batch.inputs, labels=batch.labels)
             results["outcome"] = torch.stack(step.finish())
         else:
@@ -603,7 +604,7 @@ def test_training_stops_without_improvement(tmp_path):
 
 @pytest.mark.parametrize("narrow", ["bf16", "fp16"])
 def test_narrow_types(tmp_path, monkeypatch, narrow):
-    monkeypatch.setattr(runtime, "LOSS_SCALE", 2.0**8)  # without an overflow
+    monkeypatch.setattr("lavish_fast.step.LOSS_SCALE", 2.0**8)  # without an overflow
     data, curves = make_clips(4), []
     for amp in (None, narrow):
         model = make_model()
@@ -620,7 +621,7 @@ def test_narrow_types(tmp_path, monkeypatch, narrow):
 
 def test_overflows_are_counted_and_the_scale_comes_back(tmp_path, monkeypatch):
     # 2^30 is too much for float16's gradients: some steps go by until it is halved often enough.
-    monkeypatch.setattr(runtime, "LOSS_SCALE", 2.0**30)
+    monkeypatch.setattr("lavish_fast.step.LOSS_SCALE", 2.0**30)
     data, config = make_clips(4), settings(epochs=6, batch_size=1, amp="fp16", patience=6)
     model, again = make_model(), make_model(seed=7)
     fit(model, data, data, config, tmp_path / "whole")
@@ -631,7 +632,7 @@ def test_overflows_are_counted_and_the_scale_comes_back(tmp_path, monkeypatch):
     assert not rows(tmp_path / "whole")[-1]["skipped"]
 
     fit(make_model(), data, data, replace(config, epochs=2), tmp_path / "parts")
-    monkeypatch.setattr(runtime, "LOSS_SCALE", 1.0)
+    monkeypatch.setattr("lavish_fast.step.LOSS_SCALE", 1.0)
     fit(again, data, data, config, tmp_path / "parts", resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
@@ -678,8 +679,7 @@ def test_steps_of_a_gpu_are_captured(tmp_path, monkeypatch, amp, compiled):
     if not compiled:
         monkeypatch.setattr(runtime, "_compile", lambda *given: None)
     data[1]["video"] = torch.full_like(data[1]["video"], float("nan"))
-    record = runtime._record
-    monkeypatch.setattr(runtime, "_record", lambda *given: graphs.append(record(*given)) or graphs[-1])
+    monkeypatch.setattr("lavish_fast.graphs.record", lambda *given: graphs.append(record(*given)) or graphs[-1])
     with pytest.warns(UserWarning, match="clip0_1: expected finite outputs"):
         done = training.fit(make_model(), data, data[2:], settings(epochs=6, batch_size=1, amp=amp), tmp_path)
     assert len(graphs) == 2
