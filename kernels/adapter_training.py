@@ -1,4 +1,4 @@
-"""kernels/adapter.py's residual step in training, one or two streams: forward and, in ..._bwd.py, every gradient.
+"""kernels/adapter.py's residual step in training, one or two streams: forward and every gradient.
 
     X'  = X + g_av P S,  P = softmax(X Sᵀ);  u = LN_before(X');  h = down(u);  a = ReLU(BN1(h));  z0 = up(a)
     out = X + PostNorm(B) + g LN_after(z1),  z1 = BN2(z0)
@@ -6,18 +6,15 @@
 Shapes as there; R = n N tokens of a stream. BatchNorms go by the mean and the biased variance of the stream's own R
 tokens, or by the running ones, constants then. The post-norm is frozen and has no gradients.
 
-Forward: `_adapter_down`, a program for BLOCK_N tokens of one image of one stream, holds their rows whole as the
-evaluation's kernel does, and leaves h and the mean and squared deviations of its tokens' h, as float32 has them before
-rounding. BN2's statistics come without z0, which is linear in a: `_adapter_gram` sums the products of a - a₀, a₀ the
-first token's, which give a's mean m and covariance K; the mean of z0 is up m and its variance up_c K up_cᵀ for each
-channel. `_adapter_up` goes on from h: up, BN2, LN_after and the sum. Small kernels of ..._totals.py add up what the
-programs leave and make the statistics of it.
+BN2's statistics come without z0, which is linear in a: with a's mean m and covariance K the mean of z0 is up m and its
+variance up_c K up_cᵀ for each channel. The order of kernels is in ..._passes.py, the kernels are in ..._fwd.py,
+..._bwd_up.py and ..._bwd_down.py, what adds up what their programs leave in ..._totals.py and ..._bwd_totals.py.
 
 Saved for the backward, bytes a token in 16 bits: X, 2 C; B where it has a post-norm, 2 C; h, 2 D. Beside them S, 2 C
 bytes a latent, in float32 the batch's statistics, m and K, and the parameters. gather_latents saves the same X; B,
 which a frozen product leaves and does not save, S and h are kept by this op alone.
-float32: as in kernels/adapter.py; h is rounded to the streams' type.
-Bytes a token in 16 bits: X twice, B, out: 8 C, and 6 D for h. FLOPs: 4 C D / G + 4 C m + 2 D² / G.
+Bytes a token in 16 bits: forward 8 C and 6 D, backward 24 C, 28 D and D C / 32 G. FLOPs: forward 4 C D / G, 4 C m and
+2 D² / G, backward 12 C D / G, 12 C m and 2 D² / G, of which 4 C D / G and 4 C m recompute.
 """
 
 from __future__ import annotations
@@ -26,55 +23,24 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from lavish_fast.kernels import _checks, _launch, _tuning, adapter
-from lavish_fast.kernels._tiles import (
-    BatchNorm,
-    Norm,
-    activated,
-    block,
-    bottleneck,
-    chunk,
-    down_product,
-    finish,
-    gate_of,
-    is_wide,
-    load_tiles,
-    moments,
-    place,
-    seen,
-    softmax_of_latents,
-    token_rows,
-)
-from lavish_fast.kernels._weights import NORMS, Eps, Weights, tensors, unflattened
-from lavish_fast.kernels.adapter_training_bwd import (
-    TOKENS,
-    Shared,
-    bound,
-    branch_launch,
-    down_launch,
-    load_bottleneck,
-    mid_launch,
-    shared_out,
-    sums_launch,
-    up_launch,
-)
-from lavish_fast.kernels.adapter_training_totals import (
-    bn1_launch,
-    bn2_launch,
+from lavish_fast.kernels._adapter_training import shared_by
+from lavish_fast.kernels._tiles import BatchNorm, Norm
+from lavish_fast.kernels._weights import NORMS, Weights, tensors, unflattened
+from lavish_fast.kernels.adapter_training_bwd_down import bwd_down_launch, bwd_mid_launch
+from lavish_fast.kernels.adapter_training_bwd_totals import (
     bwd_bn1_launch,
     bwd_bn2_launch,
     bwd_bn2_programs,
-    covariance_launch,
-    mixing_launch,
-    narrow_launch,
-    products_launch,
-    summaries_launch,
+    bwd_mixing_launch,
+    bwd_products_launch,
+    bwd_summaries_launch,
 )
+from lavish_fast.kernels.adapter_training_bwd_up import bwd_branch_launch, bwd_sums_launch, bwd_up_launch
+from lavish_fast.kernels.adapter_training_fwd import down_launch, gram_launch, up_launch
+from lavish_fast.kernels.adapter_training_passes import STATISTICS, backward, forward, results
+from lavish_fast.kernels.adapter_training_totals import bn1_launch, bn2_launch, covariance_launch, narrow_launch
 from torch import Tensor
-
-_FEWEST = 2048  # tokens of one part among those that a weight's gradient is the sum of
 
 
 class Statistics(NamedTuple):
@@ -83,401 +49,6 @@ class Statistics(NamedTuple):
 
     bn1: Tensor
     bn2: Tensor
-
-
-@triton.jit(do_not_specialize=["images"])
-def _adapter_down(
-    h_ptr,  # (streams, n, N, D)
-    parts_ptr,  # (programs, 2, D) float32: mean and squared deviations of h over a program's tokens
-    xs,
-    summaries_ptr,
-    gates_av,
-    weights,
-    x_strides,
-    stride_s_stream,
-    stride_s_n,
-    stride_s_m,
-    images,
-    N,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STREAMS: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    C_G: tl.constexpr = C // GROUPS
-    D_G: tl.constexpr = D // GROUPS
-    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
-    TILES: tl.constexpr = GROUPS * ((C_G + CHUNK - 1) // CHUNK)
-    dtype: tl.constexpr = h_ptr.dtype.element_ty
-    stream, image, offs_n = place(images, N, BLOCK_N)
-    w = weights[0]
-    if stream == 1:
-        w = weights[STREAMS - 1]
-    gate_av = tl.where(stream == 0, gate_of(gates_av[0]), gate_of(gates_av[STREAMS - 1]))
-    mask_n = (offs_n < N)[:, None]
-    h_rows = h_ptr + ((stream * images + image) * N + offs_n)[:, None] * D
-    parts = parts_ptr + tl.program_id(0).to(tl.int64) * 2 * D
-
-    x = load_tiles(token_rows(xs, x_strides, stream, image, offs_n, STREAMS), 1, mask_n, TILES, C_G, CHUNK)
-    s, p = None, None
-    if summaries_ptr is not None:
-        s = summaries_ptr + stream * stride_s_stream + image * stride_s_n, stride_s_m
-        p = softmax_of_latents(x, s, M, C_G, BLOCK_N, BLOCK_M, CHUNK)
-    x = seen(x, s, p, gate_av, M, C_G, BLOCK_M, CHUNK, dtype if is_wide(C, dtype) else tl.float32)
-    mean, rstd = moments(x, None, mask_n, EPS.ln_before, C, C_G, BLOCK_N, CHUNK)
-    products = down_product(x, mean, rstd, w, EPS, D, GROUPS, C_G, BLOCK_N, CHUNK, BLOCK_D, dtype)
-    count = tl.sum(mask_n.to(tl.float32), 0)
-    for i in tl.static_range(GROUPS * PARTS):
-        offs_d = i % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
-        offs, mask_d = i // PARTS * D_G + offs_d, offs_d < D_G
-        h = products[i]
-        tl.store(h_rows + offs[None, :], h.to(dtype), mask=mask_n & mask_d[None, :])
-        h_mean = tl.sum(tl.where(mask_n, h, 0.0), 0) / count
-        delta = tl.where(mask_n, h - h_mean[None, :], 0.0)
-        tl.store(parts + offs, h_mean, mask=mask_d)
-        tl.store(parts + D + offs, tl.sum(delta * delta, 0), mask=mask_d)
-
-
-@triton.jit
-def _difference(h_rows, mask_n, first, bn1, EPS: tl.constexpr, offs, mask_d, dtype: tl.constexpr):
-    """a - a₀ of these rows, float32, zero outside."""
-    mask = mask_n & mask_d[None, :]
-    a = activated(tl.load(h_rows + offs[None, :], mask=mask, other=0.0), bn1, EPS, offs, mask_d, dtype)
-    return tl.where(mask, a.to(tl.float32) - first, 0.0)
-
-
-@triton.jit(do_not_specialize=["R", "tokens"])
-def _adapter_gram(
-    firsts_ptr,  # (streams, D) float32: a₀
-    sums_ptr,  # (streams, programs, D) float32: of a - a₀ over a program's tokens
-    grams_ptr,  # (streams, programs, G, D / G, D / G) float32: of their products
-    h_ptr,  # (streams, R, D)
-    weights,
-    R,
-    tokens,  # of a program
-    D: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STREAMS: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    D_G: tl.constexpr = D // GROUPS
-    PARTS: tl.constexpr = (D_G + BLOCK_D - 1) // BLOCK_D
-    dtype: tl.constexpr = h_ptr.dtype.element_ty
-    stream = tl.program_id(2)
-    w = weights[0]
-    if stream == 1:
-        w = weights[STREAMS - 1]
-    group = tl.program_id(1) // (PARTS * PARTS)
-    part_i = tl.program_id(1) // PARTS % PARTS
-    part_j = tl.program_id(1) % PARTS
-    offs_i = part_i * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_j = part_j * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_i, mask_j = offs_i < D_G, offs_j < D_G
-    channels_i, channels_j = group * D_G + offs_i, group * D_G + offs_j
-    h_ptr += stream.to(tl.int64) * R * D
-    first_i = tl.load(h_ptr + channels_i[None, :], mask=mask_i[None, :], other=0.0)
-    first_i = activated(first_i, w.bn1, EPS.bn1, channels_i, mask_i, dtype).to(tl.float32)
-    first_j = tl.load(h_ptr + channels_j[None, :], mask=mask_j[None, :], other=0.0)
-    first_j = activated(first_j, w.bn1, EPS.bn1, channels_j, mask_j, dtype).to(tl.float32)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    gram = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-    start = tl.program_id(0) * tokens
-    for offset in range(0, tokens, BLOCK_R):
-        offs_r = start + offset + tl.arange(0, BLOCK_R)
-        mask_n = (offs_r < tl.minimum(start + tokens, R))[:, None]
-        h_rows = h_ptr + offs_r.to(tl.int64)[:, None] * D
-        a_i = _difference(h_rows, mask_n, first_i, w.bn1, EPS.bn1, channels_i, mask_i, dtype)
-        a_j = _difference(h_rows, mask_n, first_j, w.bn1, EPS.bn1, channels_j, mask_j, dtype)
-        total += tl.sum(a_i, 0)
-        gram = tl.dot(a_i.T, a_j, gram, input_precision="tf32x3")
-    place = stream.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    if part_j == 0:
-        tl.store(sums_ptr + place * D + channels_i, total, mask=mask_i)
-        if tl.program_id(0) == 0:
-            tl.store(firsts_ptr + stream * D + channels_i[None, :], first_i, mask=mask_i[None, :])
-    gram_rows = grams_ptr + ((place * GROUPS + group) * D_G + offs_i)[:, None] * D_G
-    tl.store(gram_rows + offs_j[None, :], gram, mask=mask_i[:, None] & mask_j[None, :])
-
-
-@triton.jit(do_not_specialize=["images"])
-def _adapter_up(
-    out_ptr,
-    h_ptr,
-    xs,
-    branches,
-    weights,
-    gates,
-    post_norm,
-    x_strides,
-    branch_strides,
-    images,
-    N,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STREAMS: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    D_G: tl.constexpr = D // GROUPS
-    TILES: tl.constexpr = GROUPS * ((C // GROUPS + CHUNK - 1) // CHUNK)
-    stream, image, offs_n = place(images, N, BLOCK_N)
-    w = weights[0]
-    if stream == 1:
-        w = weights[STREAMS - 1]
-    gate = tl.where(stream == 0, gate_of(gates[0]), gate_of(gates[STREAMS - 1]))
-    mask_n = (offs_n < N)[:, None]
-    token = ((stream * images + image) * N + offs_n)[:, None]
-    x_rows = token_rows(xs, x_strides, stream, image, offs_n, STREAMS)
-    branch_rows = token_rows(branches, branch_strides, stream, image, offs_n, STREAMS)
-    h = load_bottleneck(h_ptr + token * D, mask_n, GROUPS, D_G, BLOCK_D)
-    hidden = bottleneck(h, w.bn1, EPS.bn1, GROUPS, D_G, BLOCK_D, out_ptr.dtype.element_ty)
-    rows = out_ptr + token * C, x_rows, branch_rows, mask_n
-    finish(*rows, hidden, w, gate, post_norm, EPS, TILES, GROUPS, C, D, BLOCK_N, CHUNK, BLOCK_D)
-
-
-def _shared(
-    op: str,
-    xs: Sequence[Tensor],
-    weights: Sequence[Weights],
-    post_norm: Norm | None,
-    eps: Sequence[float],
-    architecture: int,
-) -> Shared:
-    """op: whose tuning rows."""
-    n, N, C = xs[0].shape
-    D, channels = weights[0].down.shape
-    norms = *(getattr(weights[0], name) for name in NORMS), post_norm
-    constants = adapter.tiling(op, architecture, xs[0].dtype, N, C, D, C // channels) | {"STREAMS": len(xs)}
-    constants["EPS"] = Eps(*(None if norm is None else value for norm, value in zip(norms, eps)))
-    filled = (w._replace(**{name: getattr(w, name) or kind() for name, kind in NORMS.items()}) for w in weights)
-    return Shared(n, N, tuple(w._replace(gate_av=None, gate=None) for w in filled), constants)
-
-
-def _down_launch(
-    h: Tensor,
-    parts: Tensor,
-    xs: Sequence[Tensor],
-    summaries: Tensor | None,
-    gates_av: Sequence[Tensor | None],
-    shared: Shared,
-) -> _launch.Launch:
-    latents = 0 if summaries is None else summaries.shape[2]
-    args = (
-        h,
-        parts,
-        tuple(xs),
-        summaries,
-        tuple(gates_av),
-        shared.weights,
-        tuple(x.stride()[:2] for x in xs),
-        *((0, 0, 0) if summaries is None else summaries.stride()[:3]),
-        shared.images,
-        shared.N,
-    )
-    return shared.launch(_adapter_down, args, M=latents, BLOCK_M=block(latents))
-
-
-def _gram_launch(firsts: Tensor, sums: Tensor, grams: Tensor, h: Tensor, shared: Shared) -> _launch.Launch:
-    """h (streams, R, D); the rest as the kernel has them."""
-    programs, R = sums.shape[1], h.shape[1]
-    constants = {name: shared.constants[name] for name in ("D", "GROUPS", "STREAMS", "EPS", "BLOCK_D")}
-    width = constants["D"] // constants["GROUPS"]
-    constants["BLOCK_D"] = chunk(width, min(constants["BLOCK_D"], 64))
-    constants |= {"BLOCK_R": TOKENS if width <= 32 else TOKENS // 2, "num_warps": 4}
-    parts = triton.cdiv(width, constants["BLOCK_D"])
-    grid = programs, constants["GROUPS"] * parts * parts, len(h)
-    args = firsts, sums, grams, h, shared.weights, R, bound(shared_out(R), h)
-    return _launch.Launch(_adapter_gram, grid, args, constants)
-
-
-def _up_launch(
-    out: Tensor,
-    h: Tensor,
-    xs: Sequence[Tensor],
-    branches: Sequence[Tensor],
-    gates: Sequence[Tensor | None],
-    post_norm: Norm | None,
-    shared: Shared,
-) -> _launch.Launch:
-    args = (
-        out,
-        h,
-        tuple(xs),
-        tuple(branches),
-        shared.weights,
-        tuple(gates),
-        post_norm or Norm(),
-        tuple(x.stride()[:2] for x in xs),
-        tuple(b.stride()[:2] for b in branches),
-        shared.images,
-        shared.N,
-    )
-    return shared.launch(_adapter_up, args)
-
-
-def _weight_gradients(d: Tensor, x: Tensor, groups: int) -> list[Tensor]:
-    """dᵀ x over tokens, d (streams, n, N, G p), x (streams, n, N, G q): of each group (streams * parts, p, q), float32.
-
-    The sum is long and the result small, so that its tokens are split into products of some thousand, yet to be added
-    up: one product would have a few programs of a card walk through all of them. Groups that do not begin at 16 bytes,
-    which slows every load, are multiplied with one another too, and what they have in common is left out.
-    """
-    streams, n, N = x.shape[:3]
-    parts = _parts(n, N)
-    d, x = (t.reshape(streams * parts, n // parts * N, t.shape[3]) for t in (d, x))
-    if any(t.shape[2] // groups % 8 for t in (d, x)):
-        whole = _products(d.mT, x).unflatten(2, (groups, -1)).unflatten(1, (groups, -1))  # (parts, G, p, G, q)
-        return [whole[:, g, :, g] for g in range(groups)]
-    return [_products(p.mT, q) for p, q in zip(d.chunk(groups, 2), x.chunk(groups, 2))]
-
-
-def _parts(n: int, N: int) -> int:
-    """Into how many equal parts n images of N tokens are split: as many as have `_FEWEST` tokens each, or one."""
-    return next((n // images for images in range(1, n + 1) if n % images == 0 and images * N >= _FEWEST), 1)
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, whatever the type; of three dimensions each."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _narrowed(weights: Sequence[Weights], dtype: torch.dtype) -> list[Weights]:
-    if all(product.dtype == dtype for w in weights for product in (w.down, w.up)):
-        return list(weights)
-    narrow = weights[0].down.new_empty(len(weights), 2, weights[0].down.numel(), dtype=dtype)
-    _launch.run([narrow_launch(narrow, weights)], narrow.device)
-    return [w._replace(down=n[0].view_as(w.down), up=n[1].view_as(w.up)) for w, n in zip(weights, narrow)]
-
-
-def _with(weights: Sequence[Weights], name: str, statistics: Tensor) -> list[Weights]:
-    """The weights with these statistics (streams, 2, width) in one of their BatchNorms; the running ones if empty."""
-    if not statistics.shape[-1]:
-        return list(weights)
-    norms = [getattr(w, name)._replace(mean=s[0], variance=s[1]) for w, s in zip(weights, statistics)]
-    return [w._replace(**{name: norm}) for w, norm in zip(weights, norms)]
-
-
-def _bn2(h: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
-    """BN2's statistics (streams, 2, C), and a's mean (streams, D) and covariance (streams, G, D / G, D / G), float32.
-
-    h (streams, R, D).
-    """
-    R, C, D, groups = h.shape[1], *(shared.constants[name] for name in ("C", "D", "GROUPS"))
-    programs = triton.cdiv(R, shared_out(R))
-    square = groups, D // groups, D // groups
-    bn2, mean, covariance, firsts, sums, grams = (
-        h.new_empty(len(h), *shape, dtype=torch.float32)
-        for shape in ((2, C), (D,), square, (D,), (programs, D), (programs, *square))
-    )
-    launches = [
-        _gram_launch(firsts, sums, grams, h, shared),
-        covariance_launch(mean, covariance, firsts, sums, grams, R, shared),
-        bn2_launch(bn2, mean, covariance, shared),
-    ]
-    _launch.run(launches, h.device)
-    return bn2, mean, covariance
-
-
-def _forward(xs, branches, summaries, given, post_norm, eps, batch_statistics):
-    streams, (n, N, C) = len(xs), xs[0].shape
-    weights = _narrowed(given, xs[0].dtype)
-    D = len(weights[0].down)
-    out, h = xs[0].new_empty(streams, n, N, C), xs[0].new_empty(streams, n, N, D)
-    architecture = _launch.architecture(out.device)
-    norms = post_norm, eps, architecture
-    shared = _shared("adapter_training_down", xs, weights, *norms)
-    parts = h.new_empty(streams, n, shared.blocks, 2, D, dtype=torch.float32)
-    _launch.run([_down_launch(h, parts, xs, summaries, [w.gate_av for w in weights], shared)], h.device)
-    bn1, bn2, mean, covariance = (parts.new_empty(streams, *shape) for shape in _STATISTICS)
-    if batch_statistics and weights[0].bn1 is not None:
-        bn1 = parts.new_empty(streams, 2, D)
-        _launch.run([bn1_launch(bn1, parts, shared)], h.device)
-        weights = _with(weights, "bn1", bn1)
-    if batch_statistics and weights[0].bn2 is not None:
-        shared = _shared("adapter_training_down", xs, weights, *norms)
-        bn2, mean, covariance = _bn2(h.flatten(1, 2), shared)
-        weights = _with(weights, "bn2", bn2)
-    shared = _shared("adapter_training_up", xs, weights, *norms)
-    _launch.run([_up_launch(out, h, xs, branches, [w.gate for w in weights], post_norm, shared)], h.device)
-    return out, h, bn1, bn2, mean, covariance
-
-
-_STATISTICS = (2, 0), (2, 0), (0,), (0, 0, 0)  # of each stream, where they are not the batch's
-
-
-def _results(h: Tensor, C: int, groups: int) -> dict[str, Tensor]:
-    """Where the gradients of products and norms go, of all streams, by name, those of absent norms too."""
-    D = h.shape[-1]
-    shapes = {"down": (D, C // groups), "up": (C, D // groups)}
-    shapes |= {f"{name}.{part}": (D if name == "bn1" else C,) for name in NORMS for part in Norm._fields}
-    return {name: h.new_empty(len(h), *shape, dtype=torch.float32) for name, shape in shapes.items()}
-
-
-def _backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean, covariance, eps, batch_statistics):
-    """dxs (streams, n, N, C), dbranches, dsummaries, None where there is none; by name the others', of all streams."""
-    streams, (n, N, C) = len(xs), xs[0].shape
-    R, D, groups = n * N, h.shape[-1], C // given[0].down.shape[1]
-    weights = _with(_with(_narrowed(given, h.dtype), "bn1", bn1), "bn2", bn2)
-    norms = post_norm, eps, _launch.architecture(h.device)
-    shared = _shared("adapter_training_bwd_up", xs, weights, *norms)
-    flat = h.flatten(1, 2)
-    by_batch = batch_statistics and weights[0].bn2 is not None
-
-    def rows(*shape: int) -> Tensor:
-        return h.new_empty(*shape, dtype=torch.float32)
-
-    found = _results(h, C, groups)
-    dz, da = h.new_empty(streams, n, N, C), rows(*h.shape)
-    after = None if weights[0].ln_after is None else rows(streams, n, N, 2)
-    db = None if post_norm is None else torch.empty_like(dz)
-    gates, dgates = [w.gate for w in weights], None
-    if any(gate is not None for gate in gates):
-        found["gate"], dgates = rows(streams, 1), rows(streams, bwd_bn2_programs(shared, h))
-    programs = shared.sharers(h.element_size())
-    sums, products = rows(streams, programs, 3, C), rows(streams, programs, C, D // groups)
-    means, matrix, shifts, mixing = None, None, None, None
-    if by_batch:
-        means, matrix, shifts, mixing = mean, covariance, torch.empty_like(mean), torch.empty_like(covariance)
-    narrow = rows(streams, triton.cdiv(R, shared_out(R)), 2, D)
-    table = None if weights[0].bn1 is None else rows(streams, 5, D)
-    launches = [
-        *([] if post_norm is None else [branch_launch(db, dout, branches, post_norm, shared)]),
-        up_launch(dz, da, after, h, dout, gates, shared),
-        sums_launch(sums, products, dz, after, h, dout, means, shared),
-        bwd_bn2_launch(found, dgates, sums, products, matrix, gates, shared),
-        *([mixing_launch(shifts, mixing, found, R, shared)] if by_batch else []),
-        mid_launch(da.flatten(1, 2), narrow, flat, means, shifts, mixing, shared),
-        *([] if table is None else [bwd_bn1_launch(found, table, narrow, R if batch_statistics else None, shared)]),
-    ]
-    _launch.run(launches, h.device)
-
-    # dz has served: its memory takes X', whitened.
-    dx, xhat, dh, ds, parts, dgates_av = torch.empty_like(dz), dz, torch.empty_like(h), None, None, None
-    down_shared = _shared("adapter_training_bwd_down", xs, weights, *norms)
-    if summaries is not None:
-        grid = streams, n, down_shared.blocks
-        ds, parts, dgates_av = h.new_empty(summaries.shape), rows(*grid, summaries.shape[2], C), rows(*grid, 1)
-        found["gate_av"] = rows(streams, 1)
-    gates_av = [w.gate_av for w in weights]
-    tensors_ = dx, xhat, dh, parts, dgates_av, da, h, table, dout, xs, summaries, gates_av
-    _launch.run([down_launch(*tensors_, down_shared)], h.device)
-    of_down = _weight_gradients(dh, xhat, groups), dh.sum((1, 2), dtype=torch.float32)
-    launches = [] if ds is None else [summaries_launch(ds, parts)]
-    _launch.run([*launches, products_launch(found, *of_down, dgates, dgates_av, shared)], h.device)
-    return dx, db, ds, found
 
 
 def reasons(
@@ -598,7 +169,7 @@ def _adapter_training(
     """out, h (streams, n, N, D), the statistics of BN1 and BN2, a's mean and covariance."""
     weights, norm = _unflattened(parameters, post_norm, given, present)
     with torch.autocast(xs[0].device.type, enabled=False):  # which reaches into the op
-        return _forward(xs, branches, summaries, weights, norm, eps, batch_statistics)
+        return forward(xs, branches, summaries, weights, norm, eps, batch_statistics)
 
 
 @_adapter_training.register_fake
@@ -608,7 +179,7 @@ def _(xs, branches, summaries, parameters, post_norm, given, present, eps, batch
     groups = C // channels
     full = (2, D), (2, C), (D,), (groups, D // groups, D // groups)
     there = [batch_statistics and norm is not None for norm in (w.bn1, w.bn2, w.bn2, w.bn2)]
-    shapes = [shape if batch else empty for batch, shape, empty in zip(there, full, _STATISTICS)]
+    shapes = [shape if batch else empty for batch, shape, empty in zip(there, full, STATISTICS)]
     statistics = [xs[0].new_empty(streams, *shape, dtype=torch.float32) for shape in shapes]
     return xs[0].new_empty(streams, n, N, C), xs[0].new_empty(streams, n, N, D), *statistics
 
@@ -638,7 +209,7 @@ def _adapter_training_backward(
     with torch.autocast(h.device.type, enabled=False):
         statistics = bn1, bn2, mean, covariance
         tensors_ = dout, xs, branches, summaries, weights, norm, h, *statistics
-        dx, db, ds, found = _backward(*tensors_, eps, batch_statistics)
+        dx, db, ds, found = backward(*tensors_, eps, batch_statistics)
     return [t for t in (dx, db, ds) if t is not None] + [found[name] for name in _trained(weights)]
 
 
@@ -718,8 +289,8 @@ def _build(
     xs, out, h = [empty(n, N, width)] * 2, empty(2, n, N, width), empty(2, n, N, D)
     summaries, square = empty(2, n, latents, width), (groups, D // groups, D // groups)
     given = xs, [w, w], norm, (1e-5,) * 5, architecture
-    first, second, shared, last = (_shared(op, *given) for op in _tuning.ADAPTER_TRAINING)
-    gates, flat, found = [gate] * 2, h.flatten(1, 2), _results(h, width, groups)
+    first, second, shared, last = (shared_by(op, *given) for op in _tuning.ADAPTER_TRAINING)
+    gates, flat, found = [gate] * 2, h.flatten(1, 2), results(h, width, groups)
     found |= {"gate": wide(2, 1), "gate_av": wide(2, 1)}
     after, table = (None, None) if norm is None else (wide(2, n, N, 2), wide(2, 5, D))
     mean, covariance = wide(2, D), wide(2, *square)
@@ -732,20 +303,20 @@ def _build(
     of_down = [wide(8, D // groups, width // groups)] * groups
     return [
         *([] if dtype == torch.float32 else [narrow_launch(empty(2, 2, down.numel()), in_float32)]),
-        _down_launch(h, parts, xs, summaries, gates, first),
-        _gram_launch(*grams, flat, first),
+        down_launch(h, parts, xs, summaries, gates, first),
+        gram_launch(*grams, flat, first),
         *([bn1_launch(wide(2, 2, D), parts, first)] if by_batch else []),
         *([covariance_launch(mean, covariance, *grams, R, first)] if by_batch else []),
         *([bn2_launch(wide(2, 2, width), mean, covariance, first)] if by_batch else []),
-        _up_launch(out, h, xs, xs, gates, norm, second),
-        *([] if norm is None else [branch_launch(out, out, xs, norm, shared)]),
-        up_launch(out, wide(*h.shape), after, h, out, gates, shared),
-        sums_launch(sums, products, out, after, h, out, of_batch[0], shared),
+        up_launch(out, h, xs, xs, gates, norm, second),
+        *([] if norm is None else [bwd_branch_launch(out, out, xs, norm, shared)]),
+        bwd_up_launch(out, wide(*h.shape), after, h, out, gates, shared),
+        bwd_sums_launch(sums, products, out, after, h, out, of_batch[0], shared),
         bwd_bn2_launch(found, dgates, sums, products, of_batch[2], gates, shared),
-        *([mixing_launch(of_batch[1], covariance, found, R, shared)] if by_batch else []),
-        mid_launch(wide(*flat.shape), narrow, flat, *of_batch, shared),
+        *([bwd_mixing_launch(of_batch[1], covariance, found, R, shared)] if by_batch else []),
+        bwd_mid_launch(wide(*flat.shape), narrow, flat, *of_batch, shared),
         *([] if norm is None else [bwd_bn1_launch(found, table, narrow, R if by_batch else None, shared)]),
-        down_launch(out, out, h, ds, dgates_av, wide(*h.shape), h, table, out, xs, summaries, gates, last),
-        summaries_launch(summaries, ds),
-        products_launch(found, of_down, mean, dgates, dgates_av, shared),
+        bwd_down_launch(out, out, h, ds, dgates_av, wide(*h.shape), h, table, out, xs, summaries, gates, last),
+        bwd_summaries_launch(summaries, ds),
+        bwd_products_launch(found, of_down, mean, dgates, dgates_av, shared),
     ]

@@ -8,29 +8,24 @@ import itertools
 import pytest
 import torch
 from lavish_fast.kernels import _launch
+from lavish_fast.kernels._adapter_training import shared_by, shared_out
 from lavish_fast.kernels._tiles import Norm
 from lavish_fast.kernels._weights import Weights
 from lavish_fast.kernels.adapter_training import (
     _adapter_training,
     _adapter_training_backward,
-    _bn2,
-    _parts,
-    _results,
-    _shared,
-    _weight_gradients,
     adapter_training,
     reasons,
 )
-from lavish_fast.kernels.adapter_training_bwd import shared_out
-from lavish_fast.kernels.adapter_training_totals import (
-    bn1_launch,
+from lavish_fast.kernels.adapter_training_bwd_totals import (
     bwd_bn1_launch,
     bwd_bn2_launch,
     bwd_bn2_programs,
-    covariance_launch,
-    products_launch,
-    summaries_launch,
+    bwd_products_launch,
+    bwd_summaries_launch,
 )
+from lavish_fast.kernels.adapter_training_passes import _bn2, _parts, _weight_gradients, results
+from lavish_fast.kernels.adapter_training_totals import bn1_launch, covariance_launch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -233,9 +228,9 @@ def test_gradients_of_weights_in_parts(n, tokens, widths, groups, dtype):
     # Without LN_before that is all that down's gradient is.
     D, C = d.shape[-1], x.shape[-1]
     w = Weights(None, None, d.new_zeros(D, C // groups), None, d.new_zeros(C, D // groups), None, None, None)
-    shared = _shared("adapter_training_down", [*x], [w, w], None, EPS, _launch.architecture(x.device))
-    found, sums = _results(d, C, groups), torch.zeros(2, D, device=DEVICE)
-    _launch.run([products_launch(found, _weight_gradients(d, x, groups), sums, None, None, shared)], x.device)
+    shared = shared_by("adapter_training_down", [*x], [w, w], None, EPS, _launch.architecture(x.device))
+    found, sums = results(d, C, groups), torch.zeros(2, D, device=DEVICE)
+    _launch.run([bwd_products_launch(found, _weight_gradients(d, x, groups), sums, None, None, shared)], x.device)
     got = found["down"].unflatten(1, (groups, -1))
     by_group = (t.double().flatten(1, 2).unflatten(2, (groups, -1)) for t in (d, x))
     expected = torch.einsum("srgp,srgq->sgpq", *by_group)
@@ -264,7 +259,7 @@ def test_how_many_share_the_tokens():
     for width, n, N in sizes:
         x = torch.empty(n, N, width, dtype=torch.bfloat16, device="meta")
         w = Weights(None, None, x.new_empty(width // 8, width // 2), None, x.new_empty(width, 1), None, None, None)
-        shared = _shared("adapter_training_bwd_up", [x, x], [w, w], None, EPS, 90)
+        shared = shared_by("adapter_training_bwd_up", [x, x], [w, w], None, EPS, 90)
         found.append((shared.sharers(2), shared_out(n * N, shared.sharers(2))))
     assert found == [(40, 576), (23, 128), (128, 2880), (120, 384), (18, 320), (1, 64)]
 
@@ -475,7 +470,7 @@ def test_statistics_of_means_that_dwarf_the_deviations(groups):
     # Without BN1 the bottleneck is what the kernel is given.
     w = Weights(None, None, a.new_empty(32, 64 // groups), None, up, None, None, None)
     x = a.new_empty(1, 500, 64)
-    shared = _shared("adapter_training_down", [x], [w], None, EPS, _launch.architecture(a.device))
+    shared = shared_by("adapter_training_down", [x], [w], None, EPS, _launch.architecture(a.device))
     got = _bn2(a[None], shared)[0][0].double()
     torch.testing.assert_close(got[0], z.flatten(1).mean(0), rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(got[1], z.flatten(1).var(0, correction=0), rtol=1e-5, atol=0)
@@ -486,9 +481,9 @@ def test_sums_of_many_parts():
     step = Step(48).train()
     w = step.weights()
     x = draw(2, 1, 69, 48, seed=0)
-    shared = _shared("adapter_training_down", [*x], w, None, EPS, _launch.architecture(x.device))
+    shared = shared_by("adapter_training_down", [*x], w, None, EPS, _launch.architecture(x.device))
     shared = shared._replace(constants=shared.constants | {"BLOCK_N": 16})
-    D, found = 12, _results(x[..., :12], 48, 2)
+    D, found = 12, results(x[..., :12], 48, 2)
 
     def judged(launch, got: Tensor, expected: Tensor, rtol=1e-5):
         _launch.run([launch], x.device)
@@ -525,14 +520,14 @@ def test_sums_of_many_parts():
 
     products, gates = [draw(2 * 70, 6, 24, seed=8 + i) for i in range(2)], draw(2, 3000, seed=10)
     found |= {name: torch.empty(2, 1, device=DEVICE) for name in ("gate", "gate_av")}
-    given = products_launch(found, products, torch.zeros(2, D, device=DEVICE), gates, gates, shared)
+    given = bwd_products_launch(found, products, torch.zeros(2, D, device=DEVICE), gates, gates, shared)
     whole = torch.cat([p.unflatten(0, (2, 70)).sum(1) for p in products], 1)
     weight = torch.stack([v.ln_before.weight for v in w]).view(2, 2, 1, 24).expand(-1, -1, 6, -1).flatten(1, 2)
     judged(given, found["down"], whole * weight)
     judged(given, found["gate"], gates.sum(1, keepdim=True))
 
     parts, ds = draw(2, 3, 19, 2, 48, seed=11), torch.empty(2, 3, 2, 48, device=DEVICE)
-    judged(summaries_launch(ds, parts), ds, parts.sum(2))
+    judged(bwd_summaries_launch(ds, parts), ds, parts.sum(2))
 
 
 @pytest.mark.parametrize("case", ["large mean", "sharp softmax", "silent branch", "zero"])
