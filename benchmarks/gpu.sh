@@ -91,21 +91,24 @@ if [[ " $missing " != *" pytest "* ]]; then
         --continue-on-collection-errors --deselect tests/test_kernel tests
 fi
 for dtype in bfloat16 float32; do
-    step "roofline, $dtype" 12 "$python" -m benchmarks roofline --measure --device "$device" --dtype $dtype \
+    step "roofline, $dtype" 8 "$python" -m benchmarks roofline --measure --device "$device" --dtype $dtype \
         --out "$out/limits.jsonl"
 done
-run "kernels" 50 --case gather_latents,adapter,window_attention --batch "${batches##*,}" --execution eager --dtype bfloat16
+run "kernels" 40 --case gather_latents,adapter,window_attention --batch "${batches##*,}" --execution eager --dtype bfloat16
 # Stage 3 has most of the blocks.
-[[ $dry ]] || step "tuning" 40 bash -c 'set -o pipefail; "$@" --budget "$BUDGET" | tee "$0"' "$out/tuned.txt" \
+[[ $dry ]] || step "tuning" 30 bash -c 'set -o pipefail; "$@" --budget "$BUDGET" | tee "$0"' "$out/tuned.txt" \
     "$python" -m benchmarks tune --stage 3 --seconds 0.02
-run "inference" 50 --case ave,backbone --mode inference --batch "$batches"
+run "inference" 45 --case ave,backbone --mode inference --batch "$batches"
+# Compiling takes most of it.
+[[ $dry ]] || run "training steps" 95 --case ave --mode training --batch 2,16 --path optimized --execution step \
+    --dtype bfloat16
 for mode in inference training; do
     name=ladder
     [[ $mode == training ]] && name=ladder-training
-    step "$name" 75 bash -c '"$@" --budget "$BUDGET"' - "$python" -m benchmarks ladder $common --mode $mode --batch $batch \
+    step "$name" 48 bash -c '"$@" --budget "$BUDGET"' - "$python" -m benchmarks ladder $common --mode $mode --batch $batch \
         --execution $execution --seconds "$seconds" --timeout 50 --out "$out/$name.jsonl"
 done
-run "training" 60 --case ave --mode training --batch "$batches" --path released,concatenated,fused --execution eager \
+run "training" 45 --case ave --mode training --batch "$batches" --path released,concatenated,fused --execution eager \
     --dtype bfloat16,bfloat16-autocast
 step "memory" 10 "$python" -m benchmarks memory --rows "$out" --preset "$preset"
 [[ $dry ]] || step "profile" 25 "$python" -m benchmarks profile --batch $batch --out "$out/profile.jsonl"

@@ -311,17 +311,18 @@ def test_gpu_sh_on_a_card(fake_python, tmp_path):
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text()
     assert "-n 12 --dist worksteal -k not buil tests/test_kernel_adapter.py" in calls
-    assert "benchmarks tune --stage 3 --seconds 0.02 --budget 28" in calls
+    assert "benchmarks tune --stage 3 --seconds 0.02 --budget 21" in calls
     assert "benchmarks profile --batch 8" in calls
     assert "--mode training --batch 2,8,32 --path released,concatenated,fused --execution eager" in calls
+    assert "--mode training --batch 2,16 --path optimized --execution step --dtype bfloat16" in calls
     limits = [int(line.split()[-2]) for line in done.stdout.splitlines() if line.startswith("== ")]
-    assert len(limits) == 13
+    assert len(limits) == 14
     assert sum(limits[:-1]) <= 540, "the last has what the others left"
 
 
 def test_gpu_sh_gives_every_step_its_share_of_a_larger_budget(fake_python, tmp_path):
     done = gpu(fake_python, "--dry", "--out", tmp_path / "out", "--budget", 5400)
-    assert "== roofline, bfloat16, at most 120 s" in done.stdout
+    assert "== roofline, bfloat16, at most 80 s" in done.stdout
 
 
 def test_gpu_sh_lists_what_is_missing_and_goes_on_without(fake_python, tmp_path):
