@@ -38,6 +38,7 @@ class PackedLinear(Linear):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         attribute, algorithm = ("gelu", "none") if self.gelu else ("none", "")
+        x = x.to(self.weight.dtype)  # autocast, which does not know this product, may have made it another
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attribute, [], algorithm)
 
 

@@ -324,10 +324,11 @@ def test_inputs_as_the_released_networks_take_them():
         inference(audio[..., 1:], video)
 
 
+@pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("fold", [True, False])
-def test_autocast(fold):
+def test_autocast(fold, pack):
     model, inputs = make(), tiny_inputs()
-    expected, inference = run(model, inputs), Inference(model, fold=fold)
+    expected, inference = run(model, inputs), Inference(model, fold=fold, pack=pack)
     with torch.autocast("cpu", torch.bfloat16):
         own, found = (errors(run(module, inputs), expected)["features"] for module in (model, inference))
     assert 1e-4 < found <= 2 * own + 4 * torch.finfo(torch.bfloat16).eps
