@@ -149,7 +149,9 @@ def adapter(
 
     Returns: the streams; of one length from the kernel as one tensor (streams, n, N, C).
     """
-    xs, branches = list(xs), list(branches)
+    xs = list(xs)
+    # A caller's autocast leaves streams wide beside branches, which are products: their sum is of the wider type.
+    branches = [b.to(torch.promote_types(b.dtype, x.dtype)) for b, x in zip(branches, xs, strict=True)]
     others = xs[::-1] if len(xs) == 2 else [None]
     batch = any(n.training for n in _batch_norms(adapters))
     trained = (p for a in adapters for p in a.parameters())

@@ -91,11 +91,15 @@ def test_every_op_takes_its_kernel_in_16_bits(card, name, training):
     assert sum(choice.op == "adapter" for choice in choices) == places
 
 
-def test_what_the_model_itself_takes_in_float32(card):
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_the_model_itself_takes_in_float32(card, training, autocast):
     """Rows of the last stage do not fit in the registers of the adapter's kernel."""
     config = shallow("ave-swinv2-large")
-    model = Model(config).eval()
-    with FakeTensorMode(), torch.no_grad(), ops.recording() as choices:
-        move(model).classify(*inputs(config, torch.float32))
+    model = Model(config).train(training)
+    with FakeTensorMode(), torch.set_grad_enabled(training), ops.recording() as choices:
+        move(model)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            model.classify(*inputs(config, torch.float32))
     refused = {(choice.op, choice.width) for choice in choices if choice.path != "fused"}
     assert refused == {("adapter", 1536)}
