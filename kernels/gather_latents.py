@@ -34,7 +34,7 @@ from lavish_fast.kernels._launch import Launch
 from torch import Tensor
 
 _LATENTS, _WIDTHS, _TOKENS = (1, 64), (48, 2048), (1, 4096)  # m, C and N, from and to
-_NARROWEST = 192  # C in 16 bits on a card: at 96 an H100 gave wrong sums, the interpreter right ones; not understood
+_NARROWEST = 192  # C in 16 bits on a card: at 96 sums were wrong, see `_tiling`, and have not been tried there since
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
