@@ -403,12 +403,14 @@ def tables(
     console.print(f"in {', '.join(map(str, module.write(folder, preset, out or folder)))}", soft_wrap=True)
 
 
-def _rows(rows: Path | None, preset: str | None, presets: Iterable[str]) -> tuple[Path, list[dict[str, Any]], str]:
+def _rows(
+    rows: Path | None, preset: str | None, presets: Iterable[str], *others: str
+) -> tuple[Path, list[dict[str, Any]], str]:
     """A folder of rows, by default this device's, its rows, and the preset, by default the one with more of them."""
     from benchmarks.tables import load
 
     folder = rows or results.folder("cuda" if results.has_card() else "cpu")
-    found = load(folder)
+    found = load(folder, *others)
     measured = Counter(row["preset"] for row in found if row["status"] == "ok")
     return folder, found, choose_one("preset", preset, presets, max(presets, key=measured.__getitem__))
 
@@ -422,13 +424,13 @@ def memory(
 ) -> None:
     """Peak memory of the AVE network against the batch, and MiB a clip: a table, memory-training.svg and .png.
 
-    From rows of `run --case ave --mode training --batch 1,2,4,8,16,32,64`.
+    From rows of `run --case ave --mode training --batch 1,2,4,8,16,32,64` and of `profile`, which has a peak too.
     """
     from benchmarks import memory as module
     from benchmarks.cases import MODES, PRESETS
 
     mode = choose_one("mode", mode, MODES, mode)
-    folder, found, preset = _rows(rows, preset, PRESETS)
+    folder, found, preset = _rows(rows, preset, PRESETS, "profile")
     curves, console = module.curves(found, preset, mode), _console()
     if not curves:
         console.print(f"{folder}: no {mode} of case ave was measured at the {preset} preset", soft_wrap=True)

@@ -61,15 +61,15 @@ BEST_LATENTS = 2  # of Figure 1, by accuracy
 # Rows
 
 
-def load(folder: str | os.PathLike) -> list[Row]:
-    """The rows of bench*.jsonl and ladder*.jsonl in a device's folder of results.
+def load(folder: str | os.PathLike, *others: str) -> list[Row]:
+    """The rows of bench*.jsonl, ladder*.jsonl and `others` in a device's folder of results.
 
     Raises: FileNotFoundError without that folder, ValueError naming the file and line that is no result row.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder of results")
-    paths = [path for name in ("bench", "ladder") for path in sorted(folder.glob(f"{name}*.jsonl"))]
+    paths = [path for name in ("bench", "ladder", *others) for path in sorted(folder.glob(f"{name}*.jsonl"))]
     return [row for path in paths for row in results.read(path)]
 
 

@@ -171,8 +171,10 @@ def test_memory_is_drawn_from_what_run_wrote(tiny, tmp_path):
     arguments = ("--case", "ave", "--mode", "training", "--device", "cpu", "--preset", "small", "--batch", "1,2")
     arguments += ("--path", "released,concatenated", "--dtype", "float32", "--seconds", 0)
     run("run", *arguments, "--out", tmp_path / "bench.jsonl")
+    profiled = results.read(tmp_path / "bench.jsonl")[-1] | {"batch": 4, "peak_mib": 4321.0}
+    results.append(tmp_path / "profile.jsonl", [profiled])
     output = run("memory", "--rows", tmp_path, "--out", tmp_path / "drawn")
-    for row in results.read(tmp_path / "bench.jsonl"):
+    for row in [*results.read(tmp_path / "bench.jsonl"), profiled]:
         assert f"{row['path']} eager float32" in output
         assert f"{row['peak_mib'] / row['batch']:,.0f}" in output
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
