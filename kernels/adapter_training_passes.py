@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 import triton
-from lavish_fast.kernels import _launch
+from lavish_fast.kernels import _launch, _tuning
 from lavish_fast.kernels._adapter_training import Shared, shared_by, shared_out
-from lavish_fast.kernels._tiles import Norm
+from lavish_fast.kernels._tiles import BatchNorm, Norm
 from lavish_fast.kernels._weights import NORMS, Weights
 from lavish_fast.kernels.adapter_training_bwd_down import bwd_down_launch, bwd_mid_launch
 from lavish_fast.kernels.adapter_training_bwd_totals import (
@@ -180,3 +180,66 @@ def backward(dout, xs, branches, summaries, given, post_norm, h, bn1, bn2, mean,
     launches = [] if ds is None else [bwd_summaries_launch(ds, parts)]
     _launch.run([*launches, bwd_products_launch(found, *of_down, dgates, dgates_av, shared)], h.device)
     return dx, db, ds, found
+
+
+def build_launches(
+    dtype: torch.dtype,
+    width: int,
+    architecture: int,
+    *,
+    reduction: int = 8,
+    latents: int = 2,
+    groups: int = 2,
+    norms: str = "all",
+    statistics: str = "batch",
+) -> list[_launch.Launch]:
+    """Every launch of both passes, of tensors without memory, in their order."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def wide(*shape: int) -> Tensor:
+        return empty(*shape, dtype=torch.float32)
+
+    n, N, D = 20, 110592 // width, width // reduction
+    norm, batch_norm = Norm(wide(width), wide(width)), lambda size: BatchNorm(*(wide(size) for _ in range(4)))
+    down, up, gate = empty(D, width // groups), empty(width, D // groups), wide(1)
+    w = Weights(gate, norm, down, batch_norm(D), up, batch_norm(width), norm, gate)
+    if norms == "none":
+        w = w._replace(**dict.fromkeys(NORMS))
+        norm = None
+    in_float32 = [w._replace(down=wide(*down.shape), up=wide(*up.shape))] * 2
+    xs, out, h = [empty(n, N, width)] * 2, empty(2, n, N, width), empty(2, n, N, D)
+    summaries, square = empty(2, n, latents, width), (groups, D // groups, D // groups)
+    given = xs, [w, w], norm, (1e-5,) * 5, architecture
+    first, second, shared, last = (shared_by(op, *given) for op in _tuning.ADAPTER_TRAINING)
+    gates, flat, found = [gate] * 2, h.flatten(1, 2), results(h, width, groups)
+    found |= {"gate": wide(2, 1), "gate_av": wide(2, 1)}
+    after, table = (None, None) if norm is None else (wide(2, n, N, 2), wide(2, 5, D))
+    mean, covariance = wide(2, D), wide(2, *square)
+    by_batch = norm is not None and statistics == "batch"
+    of_batch = (mean, wide(2, D), covariance) if by_batch else (None,) * 3
+    R, grams = n * N, (wide(2, D), wide(2, 8, D), wide(2, 8, *square))
+    parts, sums, narrow = wide(2, n, first.blocks, 2, D), wide(2, 4, 3, width), wide(2, 8, 2, D)
+    products, dgates = wide(2, 4, width, D // groups), wide(2, bwd_bn2_programs(shared, h))
+    ds, dgates_av = wide(2, n, last.blocks, latents, width), wide(2, n, last.blocks, 1)
+    of_down = [wide(8, D // groups, width // groups)] * groups
+    return [
+        *([] if dtype == torch.float32 else [narrow_launch(empty(2, 2, down.numel()), in_float32)]),
+        down_launch(h, parts, xs, summaries, gates, first),
+        gram_launch(*grams, flat, first),
+        *([bn1_launch(wide(2, 2, D), parts, first)] if by_batch else []),
+        *([covariance_launch(mean, covariance, *grams, R, first)] if by_batch else []),
+        *([bn2_launch(wide(2, 2, width), mean, covariance, first)] if by_batch else []),
+        up_launch(out, h, xs, xs, gates, norm, second),
+        *([] if norm is None else [bwd_branch_launch(out, out, xs, norm, shared)]),
+        bwd_up_launch(out, wide(*h.shape), after, h, out, gates, shared),
+        bwd_sums_launch(sums, products, out, after, h, out, of_batch[0], shared),
+        bwd_bn2_launch(found, dgates, sums, products, of_batch[2], gates, shared),
+        *([bwd_mixing_launch(of_batch[1], covariance, found, R, shared)] if by_batch else []),
+        bwd_mid_launch(wide(*flat.shape), narrow, flat, *of_batch, shared),
+        *([] if norm is None else [bwd_bn1_launch(found, table, narrow, R if by_batch else None, shared)]),
+        bwd_down_launch(out, out, h, ds, dgates_av, wide(*h.shape), h, table, out, xs, summaries, gates, last),
+        bwd_summaries_launch(summaries, ds),
+        bwd_products_launch(found, of_down, mean, dgates, dgates_av, shared),
+    ]
